@@ -1,0 +1,31 @@
+__version__ = "0.1.0"
+
+# `import cg3d` costs nothing: names and modules are looked up at their first use (PEP 562).
+_HOME = {
+    "load": "model", "CG3D": "model", "CG3DConfig": "model", "classify": "model",
+    "load_backbone": "backbone", "Backbone": "backbone", "Prompts": "prompts",
+    "Shape": "shapes", "read_shape": "shapes", "Collection": "shapes", "read_collection": "shapes", "write_collection": "shapes",
+    "create_encoder": "encoders.registry", "list_encoders": "encoders.registry",
+}
+_MODULES = {"points", "files", "shapes", "furniture", "render", "triplets", "encoders", "backbone", "prompts", "model",
+            "losses", "metrics", "config", "learner", "zeroshot", "plots"}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    from importlib import import_module
+    if name in _HOME:
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        try:
+            return import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME, *_MODULES})

@@ -1,0 +1,31 @@
+"""Packaging for cg3d: everything is read from settings.ini, the one configuration."""
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+config = ConfigParser(delimiters=["="])
+config.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
+cfg = config["DEFAULT"]
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    license="Apache-2.0",
+    url=cfg["git_url"],
+    keywords=cfg["keywords"],
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=f">={cfg['min_python']},<3.14",
+    install_requires=cfg["requirements"].split(),
+    extras_require={"dev": cfg["dev_requirements"].split()},
+    # `data/` stands at the top of the repository; in an installed wheel it is the package `cg3d.data`.
+    packages=[*find_packages(include=["cg3d", "cg3d.*"]), "cg3d.data"],
+    package_dir={"cg3d.data": "data"},
+    package_data={"cg3d.data": ["*", "*/*"], "cg3d": ["py.typed"]},
+    zip_safe=False,
+    entry_points={"nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
+)

@@ -1,0 +1,75 @@
+"""The job notebooks through papermill, as a user runs them; and the recipes."""
+import ast
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from cg3d.config import TrainConfig, ZeroShotConfig, settings
+
+ROOT = Path(__file__).parent.parent
+
+
+def papermill(notebook, out, *parameters, cwd=ROOT):
+    """Run a job notebook in a process of its own, cg3d importable wherever it starts."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])), "OMP_NUM_THREADS": "1", "CG3D_CACHE": str(out / "cache")}
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(Path(os.path.relpath(ROOT / "nbs", cwd)) / notebook), str(out / notebook), *map(str, parameters)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The smoke recipe, on untrained towers, so that it tests the job and not the weights."""
+    out = tmp_path_factory.mktemp("smoke")
+    done = papermill("train.ipynb", out, "-f", ROOT / "recipes/smoke.yaml", "-p", "clip_weights", "random", "-p", "out", out / "run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def test_train_writes_its_run(smoke):
+    run = smoke / "run"
+    for name in ("train.json", "config.json", "model.safetensors", "state.pt", "metrics.csv", "results.csv", "figures/loss.png", "figures/confusion.png"):
+        assert (run / name).stat().st_size > 0, name
+    table = pd.read_csv(run / "results.csv")
+    assert {"3D encoder", "majority class", "render a view, ask the image tower"} <= set(table["method"])
+    assert table[["top1", "top5", "mean_class"]].apply(lambda column: column.between(0, 100).all()).all()
+    assert json.loads((run / "train.json").read_text())["encoder"] == "pointnet"
+    text = (smoke / "train.ipynb").read_text()
+    assert "frozen model unchanged" in text
+
+
+def test_zero_shot_reads_the_run_from_another_folder(smoke):
+    out = smoke / "zero"
+    done = papermill("zero_shot.ipynb", smoke, "-p", "checkpoint", smoke / "run", "-p", "out", out, "-p", "labels", "chair, table, sofa, lamp", cwd=ROOT / "nbs")
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = pd.read_csv(out / "results.csv")
+    assert list(table["method"])[:3] == ["3D encoder", "majority class", "render a view, ask the image tower"] and (table["classes"] == 4).all()
+    assert len(pd.read_csv(out / "predictions.csv")) == table["shapes"][0] and (out / "figures/confusion.png").exists()
+
+
+@pytest.mark.parametrize("name,value,words", [("lrr", 3, "unknown parameter lrr"), ("epochs", "true", "epochs='true' is a str"), ("schedule", "both", "joint, alternate, frozen")])
+def test_wrong_parameters_stop_the_job(tmp_path, name, value, words):
+    done = papermill("train.ipynb", tmp_path, "-p", name, value)
+    assert done.returncode != 0 and words in done.stderr
+
+
+@pytest.mark.parametrize("notebook,config", [("train", TrainConfig), ("zero_shot", ZeroShotConfig)])
+def test_parameters_cell_is_the_table_of_settings(notebook, config):
+    cells = json.loads((ROOT / f"nbs/{notebook}.ipynb").read_text())["cells"]
+    (cell,) = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    lines = [line for line in "".join(cell["source"]).splitlines() if line.strip() and not line.startswith("#")]
+    found = {node.target.id: ast.literal_eval(node.value) for node in ast.parse("\n".join(lines)).body}
+    assert found == asdict(config()) and all("  # " in line for line in lines)
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "recipes").glob("*.yaml")))
+def test_recipes_are_settings(recipe):
+    values = yaml.safe_load((ROOT / "recipes" / recipe).read_text())
+    if set(values) <= set(asdict(TrainConfig())): settings(TrainConfig, values)
+    else: assert "backbone" in recipe, sorted(set(values) - set(asdict(TrainConfig())))
