@@ -1,0 +1,38 @@
+# Two commands do everything on a machine with Python 3.10-3.13, git and make:
+#   make train   set up, then CG3D's pre-training on the embedded set
+#   make test    set up, then the whole gate: export and clean leave no diff, notebooks, pytest
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: env train test check data clean
+
+env: $(BIN)/.ready
+
+$(BIN)/.ready: settings.ini setup.py
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else f"cg3d needs Python 3.10-3.13, $(PYTHON) is {v[0]}.{v[1]}; try make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
+	touch $@
+
+train: env
+	mkdir -p runs
+	$(BIN)/papermill nbs/train.ipynb runs/train.ipynb -f recipes/quick.yaml
+	@echo "The executed notebook is runs/train.ipynb; results, pictures and the checkpoint are in runs/quick."
+
+check: env
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	git diff --exit-code -- nbs cg3d
+
+test: check
+	cd nbs && ../$(BIN)/nbdev_test --path . --file_re '^[0-9]' --n_workers 2 --pause 0.5 --timing
+	$(BIN)/python -m pytest tests -q
+
+data: env
+	$(BIN)/python -m cg3d.furniture --out data
+
+clean:
+	rm -rf .venv runs build dist *.egg-info
