@@ -27,7 +27,7 @@ def cg3d_nano_vit(
     pretrained: bool = False,  # timm passes it; weights come from the open_clip folder, so only False is possible
     img_size: int = 192,  # pixels a side, a multiple of 32
     width: int = 256,  # token width
-    depth: int = 4,  # transformer blocks
+    depth: int = 3,  # transformer blocks
     num_heads: int = 4,  # attention heads
     mlp_ratio: float = 2.0,  # hidden width of a block's MLP over the token width
     stem: str = "tf_efficientnet_lite2",  # any timm network with a final feature map

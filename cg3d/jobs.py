@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .callbacks import standard_callbacks
-from .config import TrainConfig, encoder_options
+from .config import TrainConfig, encoder_choice
 from .learner import Learner
 from .losses import PAIRS, TriModalLoss
 from .model import CG3D, CG3DConfig
@@ -52,8 +52,9 @@ def make_triplets(collection: Collection, config: TrainConfig, progress: bool = 
 def make_model(config: TrainConfig) -> CG3D:
     "An untrained 3D encoder, the frozen backbone, fresh prompts"
     torch.manual_seed(config.seed)
+    encoder, options = encoder_choice(config.encoder)
     return CG3D.build(CG3DConfig(
-        encoder=config.encoder, encoder_cfg=encoder_options(config.encoder_options), in_channels=6 if config.colour else 3, points=config.points,
+        encoder=encoder, encoder_cfg=options, in_channels=6 if config.colour else 3, points=config.points,
         clip=config.clip, clip_weights=config.clip_weights or None, visual_prompt=none(config.visual_prompt), text_prompt=none(config.text_prompt),
         prompt_tokens=config.prompt_tokens))
 

@@ -10,7 +10,6 @@ __all__ = ['OPTIMIZERS', 'SCHEDULES', 'parameter_groups', 'rate', 'pick_device',
 import contextlib
 import math
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 

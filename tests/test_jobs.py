@@ -10,7 +10,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from safetensors.torch import save_file
 
+from cg3d.backbone import NANO_CONFIG, load_backbone
 from cg3d.config import TrainConfig, ZeroShotConfig, settings
 
 ROOT = Path(__file__).parent.parent
@@ -25,9 +27,13 @@ def papermill(notebook, out, *parameters, cwd=ROOT):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """The smoke recipe, on untrained towers, so that it tests the job and not the weights."""
+    """The smoke recipe, on untrained towers in a folder, so that it tests the job and not the weights."""
     out = tmp_path_factory.mktemp("smoke")
-    done = papermill("train.ipynb", out, "-f", ROOT / "recipes/smoke.yaml", "-p", "clip_weights", "random", "-p", "out", out / "run")
+    towers = out / "towers"
+    towers.mkdir()
+    (towers / "open_clip_config.json").write_text(json.dumps(NANO_CONFIG))
+    save_file(load_backbone("nano", "random").clip.state_dict(), towers / "open_clip_model.safetensors")
+    done = papermill("train.ipynb", out, "-f", ROOT / "recipes/smoke.yaml", "-p", "clip", towers, "-p", "out", out / "run")
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 

@@ -166,7 +166,7 @@ def test_bad_checkpoints(config, backbone, tmp_path):
     ({"lr": float("inf")}, ValueError, "lr"), ({"schedule": "both"}, ValueError, "joint, alternate, frozen"), ({"visual_prompt": "deep+wide"}, ValueError, "shallow"),
     ({"schedule": "frozen"}, ValueError, "visual_prompt='none'"), ({"schedule": "alternate", "visual_prompt": "none"}, ValueError, "prompt"),
     ({"temperature": 0.0}, ValueError, "temperature"), ({"hard_negatives": 2.0}, ValueError, "hard_negatives"), ({"out": " "}, ValueError, "out"),
-    ({"weight_3d_text": 0.0, "weight_3d_image": 0.0}, ValueError, "nothing would teach"), ({"encoder_options": "depth:4"}, ValueError, "name=number"),
+    ({"weight_3d_text": 0.0, "weight_3d_image": 0.0}, ValueError, "nothing would teach"), ({"encoder": "pointnet depth:4"}, ValueError, "setting=number"), ({"encoder": "depth=4"}, ValueError, "name of an encoder"),
     ({"prompt_optimizer": "sgd"}, ValueError, "alternate"), ({"augment": "strong"}, ValueError, "sensor"),
 ])
 def test_bad_settings_are_refused(bad, error, words):

@@ -206,7 +206,7 @@ register_encoder(
     "point_transformer_small",
     PointTransformer,
     PointTransformerConfig(
-        width=256, depth=6, heads=4, groups=128, neighbours=16,
+        width=256, depth=6, heads=4, groups=64, neighbours=24,
         patch_width=256, patch_hidden=(64, 128, 128),
     ),
 )
