@@ -124,6 +124,7 @@ def still(
     "The same picture without a browser"
     import io
     from matplotlib.figure import Figure as Still
+    from PIL import Image as Picture
     space = figure.data[0].type == "scatter3d"
     drawn = Still(figsize=(figure.layout.width / 100, figure.layout.height / 100), layout="constrained")
     axes = drawn.add_subplot(projection="3d" if space else None)
@@ -134,10 +135,11 @@ def still(
         if figure.layout.yaxis.scaleanchor: axes.set_aspect("equal", adjustable="datalim")
         axes.grid(alpha=0.3), axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.set_title(figure.layout.title.text or "")
-    buffer = io.BytesIO()
+    buffer, small = io.BytesIO(), io.BytesIO()
     drawn.savefig(buffer, dpi=80, format="png")
-    if path is not None: Path(path).write_bytes(buffer.getvalue())
-    return buffer.getvalue()
+    Picture.open(buffer).convert("RGB").quantize(64).save(small, "PNG", optimize=True) # a third of the bytes: it is stored in notebooks
+    if path is not None: Path(path).write_bytes(small.getvalue())
+    return small.getvalue()
 
 # %% ../nbs/70_plots.ipynb #c25
 def draw(axes, trace) -> None:
