@@ -8,7 +8,7 @@ _HOME = {
     "create_encoder": "encoders.registry", "list_encoders": "encoders.registry",
 }
 _MODULES = {"points", "files", "shapes", "furniture", "render", "triplets", "encoders", "backbone", "prompts", "model",
-            "losses", "metrics", "config", "learner", "zeroshot", "plots"}
+            "towers", "nano", "losses", "metrics", "config", "learner", "callbacks", "zeroshot", "jobs", "evaluate", "plots"}
 __all__ = sorted(_HOME)
 
 
