@@ -26,7 +26,7 @@ from .points import Augment
 from .prompts import Prompts
 from .shapes import Collection
 from .towers import SHARES, corpus, distil_text, nano_tokenizer, new_text_tower, start_tokens, text_teacher
-from .towers import PooledHead, TokenHead, drawn_targets, embed_maps, image_teacher, learnt_rows, row_texts, soft_loss, soft_targets, step, train_head, view_features
+from .towers import PooledHead, TokenHead, drawn_targets, embed_maps, image_teacher, learnt_rows, match_texts, row_texts, soft_loss, soft_targets, train_head, view_features
 
 # %% ../nbs/36_nano.ipynb #c50e4244
 AUGMENT = Augment(rotate=180.0, scale=(0.8, 1.2), scale_per_axis=True, translate=0.05, one_sided=0.35, depth_noise=0.01, uneven=0.25, tilt=8.0,
@@ -151,20 +151,8 @@ def train_prompts(
     seed: int = 0,
 ) -> list[float]: # loss of each epoch
     "Prompt tuning of a frozen image tower on views"
-    rng, steps, history = np.random.RandomState(seed), len(rows) // batch_size, []
-    if not steps: raise ValueError(f"{len(rows)} shapes are fewer than one batch of {batch_size}")
     optimizer = torch.optim.AdamW(prompts.parameters(), lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps * epochs + 1, pct_start=0.1)
-    for _ in range(epochs):
-        losses = []
-        for part in np.split(rng.permutation(rows)[:steps * batch_size], steps):
-            with torch.autocast("cpu", torch.bfloat16): ours = prompts.encode_tokens(tokens(part, rng))
-            ours = F.normalize(ours.float(), dim=-1)
-            loss = sum(soft_loss(ours, text, soft_targets(text)) for _, text in drawn_targets(targets, part, rng))
-            step(loss, optimizer, schedule, prompts.parameters())
-            losses.append(loss.item())
-        history.append(float(np.mean(losses)))
-    return history
+    return match_texts(lambda part, rng: prompts.encode_tokens(tokens(part, rng)), optimizer, targets, rows, epochs, batch_size, seed)
 
 # %% ../nbs/36_nano.ipynb #0a418d1b
 def build_text(collection: Collection, wordnet: str | Path, folder: str | Path, teacher: Callable | None = None, epochs: float = 4, seed: int = 0) -> list[float]:

@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'FORMS', 'PARTS', 'SENTENCES', 'SHARES', 'read_wordnet', 'compositions', 'learnt_rows', 'corpus',
            'text_teacher', 'image_teacher', 'new_text_tower', 'nano_tokenizer', 'encode_ids', 'start_tokens',
            'text_batches', 'distil_text', 'step', 'trunk_maps', 'view_features', 'PooledHead', 'TokenHead', 'row_texts',
-           'soft_targets', 'soft_loss', 'drawn_targets', 'train_head', 'embed_maps']
+           'soft_targets', 'soft_loss', 'drawn_targets', 'match_texts', 'train_head', 'embed_maps']
 
 # %% ../nbs/35_towers.ipynb #528d3262
 import copy
@@ -310,6 +310,33 @@ def drawn_targets(targets: dict[str, Tensor], rows: np.ndarray, rng: np.random.R
     "Noun, name and one of the two sentences of a batch, with their weights"
     return [(0.5, targets["category"][rows]), (1.0, targets["name"][rows]), (1.0, targets[rng.choice(["caption", "query"])][rows])]
 
+# %% ../nbs/35_towers.ipynb #51eeed5e
+def match_texts(
+    embed: Callable[[np.ndarray, np.random.RandomState], Tensor], # row numbers -> one embedding each, (B, D)
+    optimizer: torch.optim.Optimizer, # of what is trained, with the highest rates
+    targets: dict[str, Tensor], # unit vectors of `row_texts`, (N, D) each
+    rows: np.ndarray, # to learn from
+    epochs: int,
+    batch_size: int,
+    seed: int = 0,
+) -> list[float]: # loss of each epoch
+    "Bring embeddings of rows to the place of their texts; rates rise over a tenth of the run, then fall"
+    rng, steps, history = np.random.RandomState(seed), len(rows) // batch_size, []
+    if not steps: raise ValueError(f"{len(rows)} shapes are fewer than one batch of {batch_size}")
+    rates, parameters = [group["lr"] for group in optimizer.param_groups], [p for group in optimizer.param_groups for p in group["params"]]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps * epochs + 1, pct_start=0.1)
+    for _ in range(epochs):
+        losses = []
+        for part in np.split(rng.permutation(rows)[:steps * batch_size], steps):
+            with torch.autocast("cpu", torch.bfloat16): ours = embed(part, rng)
+            ours = F.normalize(ours.float(), dim=-1)
+            loss = sum(weight * soft_loss(ours, text, soft_targets(text)) for weight, text in drawn_targets(targets, part, rng))
+            step(loss, optimizer, schedule, parameters)
+            losses.append(loss.item())
+        history.append(float(np.mean(losses)))
+    return history
+
+# %% ../nbs/35_towers.ipynb #47c87afb
 def train_head(
     head: nn.Module, # trained in place
     maps: Tensor, # (N, V, 352, 6, 6)
@@ -321,24 +348,15 @@ def train_head(
     seed: int = 0,
 ) -> list[float]: # loss of each epoch
     "Bring views to the place of their texts"
-    rng, steps, history = np.random.RandomState(seed), len(rows) // batch_size, []
-    if not steps: raise ValueError(f"{len(rows)} shapes are fewer than one batch of {batch_size}")
+    def embed(part: np.ndarray, rng: np.random.RandomState) -> Tensor:
+        x = maps[part, rng.randint(maps.shape[1], size=len(part))].float()
+        return head(torch.where(torch.tensor(rng.rand(len(part)) < 0.5).view(-1, 1, 1, 1), x.flip(-1), x))
+
     low = [*head.conv_head.parameters(), *head.bn2.parameters()]
     high = [p for name, p in head.named_parameters() if name.split(".")[0] not in ("conv_head", "bn2")]
     optimizer = torch.optim.AdamW([dict(params=high, lr=lr), dict(params=low, lr=lr / 10)], weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [lr, lr / 10], total_steps=steps * epochs + 1, pct_start=0.1)
-    for _ in range(epochs):
-        head.train()
-        losses = []
-        for part in np.split(rng.permutation(rows)[:steps * batch_size], steps):
-            x = maps[part, rng.randint(maps.shape[1], size=batch_size)].float()
-            x = torch.where(torch.tensor(rng.rand(batch_size) < 0.5).view(-1, 1, 1, 1), x.flip(-1), x)
-            with torch.autocast("cpu", torch.bfloat16): ours = head(x)
-            ours = F.normalize(ours.float(), dim=-1)
-            loss = sum(weight * soft_loss(ours, text, soft_targets(text)) for weight, text in drawn_targets(targets, part, rng))
-            step(loss, optimizer, schedule, head.parameters())
-            losses.append(loss.item())
-        history.append(float(np.mean(losses)))
+    head.train()
+    history = match_texts(embed, optimizer, targets, rows, epochs, batch_size, seed)
     head.eval()
     return history
 
