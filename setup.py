@@ -21,11 +21,11 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=f">={cfg['min_python']},<3.14",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("search", "track", "dev")},
     # `data/` stands at the top of the repository; in an installed wheel it is the package `cg3d.data`.
     packages=[*find_packages(include=["cg3d", "cg3d.*"]), "cg3d.data"],
     package_dir={"cg3d.data": "data"},
     package_data={"cg3d.data": ["*", "*/*"], "cg3d": ["py.typed"]},
     zip_safe=False,
-    entry_points={"nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
+    entry_points={"console_scripts": ["cg3d=cg3d.cli:main"], "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
 )

@@ -5,10 +5,14 @@ _HOME = {
     "load": "model", "CG3D": "model", "CG3DConfig": "model", "classify": "model",
     "load_backbone": "backbone", "Backbone": "backbone", "Prompts": "prompts",
     "Shape": "shapes", "read_shape": "shapes", "Collection": "shapes", "read_collection": "shapes", "write_collection": "shapes",
+    "load_published": "published", "read_dataset": "datasets", "check_data": "datasets", "ShapeIndex": "index",
     "create_encoder": "encoders.registry", "list_encoders": "encoders.registry",
 }
-_MODULES = {"points", "files", "shapes", "furniture", "render", "triplets", "encoders", "backbone", "prompts", "model",
-            "towers", "nano", "losses", "metrics", "config", "learner", "callbacks", "zeroshot", "jobs", "evaluate", "plots"}
+_MODULES = {
+    "points", "files", "unpickle", "shapes", "datasets", "readers", "furniture", "render", "triplets", "encoders", "checkpoint", "backbone", "slip",
+    "prompts", "contracts", "model", "towers", "nano", "published", "layouts", "losses", "metrics", "bulk", "callbacks", "canvas", "cli", "config",
+    "describe", "evaluate", "fetch", "filters", "finetune", "index", "inspector", "jobs", "learner", "plots", "probe", "queries", "retrieval",
+    "runjob", "scans", "scenes", "segments", "share", "shell", "starts", "stills", "study", "vectors", "widgets", "zeroshot"}
 __all__ = sorted(_HOME)
 
 

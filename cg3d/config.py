@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'RANGES', 'TrainConfig', 'checked', 'encoder_choice', 'check_choices', 'check_ranges', 'ZeroShotConfig',
-           'new_names', 'settings', 'run_folder']
+           'new_names', 'several', 'settings', 'run_folder']
 
 # %% ../nbs/48_config.ipynb #c02
 import json
@@ -17,21 +17,23 @@ from pathlib import Path
 class TrainConfig:
     "What a training run is made of; the parameters of `nbs/train.ipynb` with their defaults."
     # data
-    data: str = "furniture" # "furniture" (embedded) or the path of a packed collection (x.npz + x.csv)
+    data: str = "furniture" # "furniture" (embedded), a packed collection (x.npz + x.csv), or the folder of a data set (`cg3d check-data PATH` says what it holds)
+    layout: str = "" # how the data set lies on the disk, one of cg3d.datasets.list_layouts(); empty: recognised from its files
     train_split: str = "train" # rows to learn from (column `split`); several joined by "+"
     test_split: str = "test" # rows for the final zero-shot test
-    min_shapes: int = 8 # nouns with fewer shapes in the set are not asked for in the test
+    min_shapes: int = 8 # nouns with fewer shapes in the set are not asked for in the test (a published set is asked for its own list of classes)
     limit: int = 0 # use only so many training shapes, 0 for all
+    texts: str = "all" # what is said of a shape: all (captions, tags, colours, ...), name (its name in a template)
     shuffle_labels: bool = False # control run: texts of other shapes, drawn once
     points: int = 1024 # points a cloud
     colour: bool = True # the encoder sees rgb
     augment: str = "sensor" # of the clouds: none, summary, sensor, official
-    views: int = 6 # rendered views a shape
+    views: int = 6 # views a shape; pictures that came with the data set are taken, else points are rendered
     view_size: int = 128 # pixels of a view
     image_augment: bool = False # flip and colour jitter of the views (no cache of the tower's stem then)
     # model
-    encoder: str = "point_transformer_small groups=64" # one of cg3d.encoders' list_encoders(), then settings of it to change
-    clip: str = "nano" # "nano", an open_clip model name, or a local folder
+    encoder: str = "point_transformer_small" # one of cg3d.list_encoders(); settings of it may follow, each as name, equals sign, number
+    clip: str = "nano" # "nano", an open_clip model name, a local folder, or a file of SLIP towers (.pt)
     clip_weights: str = "" # open_clip's pretrained tag, for example "openai"; "random" for none
     visual_prompt: str = "deep" # none, pixel, shallow, deep; several joined by "+"
     text_prompt: str = "none" # none, context
@@ -40,9 +42,9 @@ class TrainConfig:
     weight_3d_text: float = 1.0 # points with text
     weight_3d_image: float = 1.0 # points with image
     weight_image_text: float = 1.0 # image with text: what teaches the prompts
-    temperature: float = 0.07 # divisor of the similarities
+    temperature: float = 0.07 # divisor of the similarities, 0 for that of the frozen model
     learnable_temperature: bool = False # start from `temperature`, never below 0.01
-    positives: str = "caption" # rows with the same caption: caption (count), masked (leave out), diagonal (ignore), similar (soft)
+    positives: str = "caption" # rows with the same caption: caption (count), masked (leave out), diagonal (ignore), similar (soft); class (same name counts)
     hard_negatives: float = 0.0 # re-weighting of the hardest wrong answers, 0 to 1
     # optimisation
     schedule: str = "joint" # joint, alternate (even steps encoder, odd steps prompts), frozen (no prompts, cached features)
@@ -94,11 +96,15 @@ def encoder_choice(
     text: str, # "name" or "name setting=number setting=number"
 ) -> tuple[str, dict[str, int | float]]: # the name, and the settings to change
     "Read the choice of an encoder"
+    from cg3d.encoders.registry import _ENCODERS, list_encoders
     name, *parts = text.replace(",", " ").split() or [""]
     if not name or "=" in name: raise ValueError(f"encoder={text!r} must begin with the name of an encoder")
+    if name not in list_encoders(): raise ValueError(f"encoder={text!r}: no encoder {name!r}; there are {', '.join(list_encoders())}")
+    known = [field.name for field in fields(_ENCODERS[name][1])]
     found = {}
     for part in parts:
         key, _, value = part.partition("=")
+        if key not in known: raise ValueError(f"encoder={text!r}: {name} has no setting {key!r}; it has {', '.join(known)}")
         try: found[key] = int(value) if re.fullmatch(r"[+-]?\d+", value) else float(value)
         except ValueError as error: raise ValueError(f"encoder={text!r}: {part!r} is not setting=number") from error
     return name, found
@@ -106,7 +112,8 @@ def encoder_choice(
 # %% ../nbs/48_config.ipynb #c12
 CHOICES = {
     "augment": ("none", "summary", "sensor", "official"),
-    "positives": ("caption", "masked", "diagonal", "similar"),
+    "positives": ("caption", "class", "masked", "diagonal", "similar"),
+    "texts": ("all", "name"),
     "schedule": ("joint", "alternate", "frozen"),
     "optimizer": ("adam", "adamw", "sgd"),
     "prompt_optimizer": ("same", "adam", "adamw", "sgd"),
@@ -130,7 +137,7 @@ def check_choices(config: TrainConfig) -> None:
 # %% ../nbs/48_config.ipynb #c13
 RANGES = { # smallest and largest allowed value
     "min_shapes": (1, None), "limit": (0, None), "points": (2, None), "views": (1, None), "view_size": (16, 1024), "prompt_tokens": (1, 256),
-    "weight_3d_text": (0, None), "weight_3d_image": (0, None), "weight_image_text": (0, None), "temperature": (0.01, 100), "hard_negatives": (0, 1),
+    "weight_3d_text": (0, None), "weight_3d_image": (0, None), "weight_image_text": (0, None), "temperature": (0, 100), "hard_negatives": (0, 1),
     "epochs": (1, None), "batch_size": (2, None), "lr": (0, None), "weight_decay": (0, None), "prompt_lr": (0, None), "prompt_decay": (0, None),
     "warmup": (0, 1), "min_lr": (0, None), "clip_grad": (0, None), "ema": (0, 0.99999), "seed": (0, 2**31),
 }
@@ -141,6 +148,7 @@ def check_ranges(config: TrainConfig) -> None:
         value = getattr(config, name)
         if not (low <= value and (high is None or value <= high) and value < float("inf")): raise ValueError(f"{name}={value!r} must be at least {low}" + (f" and at most {high}" if high is not None else " and finite"))
     if config.weight_3d_text + config.weight_3d_image == 0: raise ValueError("weight_3d_text and weight_3d_image are both 0: nothing would teach the 3D encoder")
+    if 0 < config.temperature < 0.01: raise ValueError(f"temperature={config.temperature} must be at least 0.01, or 0 for the frozen model's own")
     if not config.out.strip(): raise ValueError("out is empty; give the run a name")
 
 # %% ../nbs/48_config.ipynb #c17
@@ -153,8 +161,9 @@ class ZeroShotConfig:
     column: str = "category"
     labels: str = ""
     min_shapes: int = 8
-    templates: str = ""
-    official: bool = False
+    templates: str = "own"
+    normalise_text: bool = True
+    choose_on: str = ""
     views: int = 1
     one_sided: bool = False
     device: str = "auto"
@@ -176,6 +185,10 @@ def new_names(
     "Names that are new or have another value, without IPython's own history"
     history = re.compile(r"_+|_i+|_i?\d+|_[idoe]h|__\w+__|In|Out|before")
     return {name: value for name, value in after.items() if not history.fullmatch(name) and (name not in before or before[name] is not value)}
+
+def several(text: str, separator: str = ",") -> list[str]:
+    "Values out of one parameter"
+    return [part.strip() for part in text.split(separator) if part.strip()]
 
 def settings(
     kind: type, # a dataclass such as TrainConfig

@@ -105,6 +105,7 @@ class Towers:
     def image(self, batch: dict) -> Tensor: # (B, D)
         "Embeddings of the batch's views; gradients reach the visual prompts if there are any"
         images = batch["images"]
+        if images.ndim == 2: return images # features of the frozen tower, cached
         if self.kind == "prompted": return self.prompts.encode_image(images)
         if self.kind == "plain":
             with torch.no_grad(): return self.backbone.encode_image(images)
@@ -186,6 +187,7 @@ class Learner:
         batch = self.data.batch(self.rows(self.epoch)[self.step % self.steps_per_epoch].tolist(), self.epoch)
         generator = torch.Generator(self.device).manual_seed(self.config.seed * 100003 + self.step)
         for name, augment in (("points", self.augment), ("images", self.augment_images)):
+            if name not in batch: continue # no pair asks for images
             batch[name] = batch[name].to(self.device, non_blocking=True)
             if augment: batch[name] = augment(batch[name], generator)
         return batch
@@ -198,7 +200,8 @@ class Learner:
             with torch.set_grad_enabled("prompts" in phase.learns):
                 image = self.towers.image(batch) if "image" in needs else None
                 text = self.towers.text(batch["texts"])
-        return self.loss(points, image, text, batch["texts"], phase.pairs)
+        same = batch["texts"] if self.config.positives != "class" else [name or key for name, key in zip(batch["name"], batch["id"])] # who says the same
+        return self.loss(points, image, text, same, phase.pairs)
 
     def one_step(self) -> None:
         "Forward, backward, update"

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .datasets import Pictures, Published
 from .points import MISSING_COLOUR, farthest_point_sample, gather
 from .render import ViewSettings, random_views, render_points
 from .shapes import Collection
@@ -163,7 +164,7 @@ class ViewCache:
     "Random views of many clouds on disk, rendered when first asked for."
 
     def __init__(self,
-        points: Tensor,                 # clouds, (S, N, 6)
+        points: Tensor,                 # clouds, (S, N, 6), or `Clouds`
         views: int = 4,                 # random views a shape
         settings: ViewSettings = ViewSettings(),
         seed: int = 0,                  # of the cameras
@@ -177,8 +178,9 @@ class ViewCache:
         self.azimuth, self.elevation = random_views((len(points), views), torch.Generator().manual_seed(seed), elevation)
         self.shape = (len(points), views, 3, settings.size, settings.size)
         key = json.dumps([VIEW_FORMAT, asdict(settings), seed, list(elevation), self.shape, points.shape[1]], sort_keys=True)
-        content = np.ascontiguousarray(points.detach().cpu().numpy(), dtype=np.float32)
-        self.key = hashlib.blake2b(key.encode() + hashlib.blake2b(content).digest(), digest_size=16).hexdigest()
+        if isinstance(points, Tensor): content = hashlib.blake2b(np.ascontiguousarray(points.detach().cpu().numpy(), dtype=np.float32)).digest()
+        else: content = points.key.encode() # clouds that are read in parts know their files
+        self.key = hashlib.blake2b(key.encode() + content, digest_size=16).hexdigest()
         self.path = Path(folder if folder is not None else cache_dir()) / "views" / self.key
         self.hit = (found := self._read()) is not None # were the views there already?
         self.array = found if self.hit else self._render(points) # uint8, (S, V, 3, size, size), memory-mapped
@@ -282,22 +284,27 @@ class Triplets(Dataset):
         if points < 1: raise ValueError(f"points must be >= 1, got {points}")
         if sample not in ("fixed", "fps"): raise ValueError(f"sample must be 'fixed' or 'fps', got {sample!r}")
         self.points, self.texts, self.seed, self.train, self.epoch = points, texts, seed, train, 0
-        self.clouds = self.collection.points() # (S, N, 6)
+        published = isinstance(collection, Published)
+        self.clouds = self.collection.clouds() if published else self.collection.points() # (S, N, 6)
         if points > self.clouds.shape[1]: raise ValueError(f"points={points} but the clouds hold {self.clouds.shape[1]}")
         table = self.collection.table
         self.names = table["name"].astype(str).tolist()
         self.ids = (table["id"] if "id" in table else table.index).astype(str).tolist()
-        self.said = [captions(row, words, texts) for row, words in zip(table.to_dict("records"), colour_words(self.clouds[..., 3:]))]
-        if shuffle_texts: self.said = [self.said[i] for i in np.random.default_rng(seed).permutation(len(self.said))]
-        for i, said in enumerate(self.said):
+        self.said = None if published else [captions(row, words, texts) for row, words in zip(table.to_dict("records"), colour_words(self.clouds[..., 3:]))]
+        self.teller = np.random.default_rng(seed).permutation(len(table)) if shuffle_texts else np.arange(len(table)) # whose texts a row tells
+        if self.said and shuffle_texts: self.said = [self.said[i] for i in self.teller]
+        for i, said in enumerate(self.said or []):
             if not any(getattr(texts, kind) for kind in said): raise ValueError(f"shape {self.ids[i]!r} has none of the texts asked for; it offers {sorted(said)}")
         self.fixed = None if train else self._fixed_points(sample)
         settings = settings if size is None else replace(settings, size=size)
-        self.cache = ViewCache(self.clouds, views, settings, seed, elevation, folder, workers, progress) if views else None
+        if not views: self.cache = None
+        elif published and self.collection.has_pictures: self.cache = Pictures(self.collection, views, settings.size)
+        else: self.cache = ViewCache(self.clouds, views, settings, seed, elevation, folder, workers, progress)
 
     def _fixed_points(self, sample: str) -> Tensor:
         "Rows of the points kept in evaluation, (S, points)."
-        if sample == "fps": return torch.cat([farthest_point_sample(part[..., :3], self.points) for part in self.clouds.split(64)])
+        parts = (self.clouds[list(range(first, min(first + 64, len(self.clouds))))] for first in range(0, len(self.clouds), 64))
+        if sample == "fps": return torch.cat([farthest_point_sample(part[..., :3], self.points) for part in parts])
         keep = np.random.default_rng(0).permutation(self.clouds.shape[1])[:self.points]
         return torch.from_numpy(keep)[None].expand(len(self.clouds), -1)
 
@@ -310,11 +317,18 @@ class Triplets(Dataset):
     def texts_of(self, rows: np.ndarray, epoch: int = 0) -> list[str]:
         "The texts that these rows draw in an epoch."
         draws = hashed_uniform(self.seed, epoch, rows, 3, stream=2) if self.train else np.zeros((len(rows), 3))
-        return [_say(self.said[row], self.texts, draw) for row, draw in zip(rows, draws)]
+        return [_say(self.said_of(row), self.texts, draw) for row, draw in zip(rows, draws)]
+
+    def said_of(self, row: int) -> dict[str, list[str]]:
+        "All texts of a row; those of a published set are read with its points."
+        if self.said is not None: return self.said[row]
+        row = int(self.teller[row])
+        colours = colour_words(self.collection.points([row], min(512, self.collection.count))[..., 3:])[0]
+        return captions(self.collection.words(row), colours, self.texts)
 
     def views_of(self, rows: np.ndarray, epoch: int = 0) -> np.ndarray:
         "The number of the view that each row shows in an epoch."
-        count = self.cache.array.shape[1]
+        count = self.cache.shape[1]
         return ((hashed_uniform(self.seed, 0, rows, 1, stream=1)[:, 0] * count).astype(int) + epoch) % count if self.train else np.zeros(len(rows), int)
 
     def points_of(self, rows: np.ndarray, epoch: int = 0) -> Tensor:

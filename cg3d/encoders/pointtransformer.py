@@ -137,7 +137,7 @@ class Blocks(nn.Module):
 
     def __init__(self, width: int, depth: int, heads: int, mlp_ratio: int, drop_path: float):
         super().__init__()
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, rate) for rate in rates)
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
