@@ -106,6 +106,7 @@ def retrieval_scores(
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
     unknown = [task for task in tasks if task not in TASKS]
     if unknown or not tasks: raise ValueError(f"unknown task {', '.join(map(repr, unknown)) or '(none given)'}; choose from {', '.join(TASKS)}")
+    if text not in collection.table: raise ValueError(f"no column {text!r} to ask with; the table has {', '.join(map(str, collection.table.columns))}")
     rights = {task: relevance(task, collection, text) for task in tasks}
     for task, right in rights.items():
         if not right.any(): raise ValueError(f"{task!r}: no row has a right answer in this collection of {len(collection)}")

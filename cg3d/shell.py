@@ -75,7 +75,7 @@ def table(rows: Sequence[dict], title: str = ""):
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
-    console = Console(width=None if sys.stdout.isatty() else 200, force_jupyter=False)
+    console = Console(width=None if sys.stdout.isatty() else 200, force_terminal=sys.stdout.isatty(), force_jupyter=False)
     made = Table(title=title or None, title_justify="left", box=None, pad_edge=False, show_edge=False)
     for name in rows[0] if rows else ():
         number = all(isinstance(row[name], (int, float)) for row in rows)
@@ -94,7 +94,7 @@ def progress(total: int, what: str):
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     @contextmanager
     def bar():
-        console = Console(stderr=True, force_jupyter=False)
+        console = Console(stderr=True, force_terminal=sys.stderr.isatty(), force_jupyter=False)
         with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal) as made:
             task = made.add_task(what, total=total)
             yield lambda done: made.advance(task, done)

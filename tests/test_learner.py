@@ -113,10 +113,11 @@ def test_first_step_of_a_schedule(config, backbone, schedule, expected):
     assert moved == [expected, {"encoder", "prompts"} if schedule == "joint" else {"prompts"}]
 
 
-def test_frozen_schedule_asks_the_tower_once(config, backbone, monkeypatch):
-    run = learner(replace(config, schedule="frozen", visual_prompt="none", epochs=4), backbone)
+def test_frozen_schedule_asks_the_tower_once(config, backbone, monkeypatch, tmp_path):
     asked, encode = [], backbone.encode_image
     monkeypatch.setattr(type(backbone), "encode_image", lambda self, images: asked.append(len(images)) or encode(images))
+    monkeypatch.setenv("CG3D_CACHE", str(tmp_path))
+    run = learner(replace(config, schedule="frozen", visual_prompt="none", epochs=4), backbone)
     run.fit()
     assert sum(asked) == 16  # eight shapes, two views each, although there are four epochs
 
@@ -165,8 +166,8 @@ def test_bad_checkpoints(config, backbone, tmp_path):
     ({"epochs": 2.5}, TypeError, "float"), ({"batch_size": 1}, ValueError, "batch_size=1"), ({"lr": float("nan")}, ValueError, "lr"),
     ({"lr": float("inf")}, ValueError, "lr"), ({"schedule": "both"}, ValueError, "joint, alternate, frozen"), ({"visual_prompt": "deep+wide"}, ValueError, "shallow"),
     ({"schedule": "frozen"}, ValueError, "visual_prompt='none'"), ({"schedule": "alternate", "visual_prompt": "none"}, ValueError, "prompt"),
-    ({"temperature": 0.0}, ValueError, "temperature"), ({"hard_negatives": 2.0}, ValueError, "hard_negatives"), ({"out": " "}, ValueError, "out"),
-    ({"weight_3d_text": 0.0, "weight_3d_image": 0.0}, ValueError, "nothing would teach"), ({"encoder": "pointnet depth:4"}, ValueError, "setting=number"), ({"encoder": "depth=4"}, ValueError, "name of an encoder"),
+    ({"temperature": -1.0}, ValueError, "temperature"), ({"hard_negatives": 2.0}, ValueError, "hard_negatives"), ({"out": " "}, ValueError, "out"),
+    ({"weight_3d_text": 0.0, "weight_3d_image": 0.0}, ValueError, "nothing would teach"), ({"encoder": "pointnet depth:4"}, ValueError, "no setting 'depth:4'"), ({"encoder": "depth=4"}, ValueError, "name of an encoder"),
     ({"prompt_optimizer": "sgd"}, ValueError, "alternate"), ({"augment": "strong"}, ValueError, "sensor"),
 ])
 def test_bad_settings_are_refused(bad, error, words):
