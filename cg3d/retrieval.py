@@ -69,16 +69,19 @@ def same_words(
 def retrieval_vectors(
     model: CG3D,
     collection: Collection,
+    kinds: Sequence[str] = ("shape", "image", "text"), # what is compared
     text: str = "caption", # column with a text for each row
     seed: int = 0, # of the cameras
-) -> dict[str, dict[str, Tensor]]: # way of answering -> shape, asking image, text -> unit vectors, (N, D)
-    "Everything that is compared, by the 3D encoder and by the image tower"
-    if text not in collection.table: raise ValueError(f"no column {text!r} in the table; it has {', '.join(collection.table)}")
-    points, device = collection.points(), model.device
-    words = [word if word.strip() else "nothing" for word in collection.table[text].fillna("").astype(str)] # blank ones are never asked, see `same_words`
-    with torch.no_grad(): bare = F.normalize(torch.cat([model.backbone.encode_text(words[i : i + 256]).float().cpu() for i in range(0, len(words), 256)]), dim=-1)
-    return {SHAPE: {"shape": model.embed(points).cpu(), "image": view_vectors(model.prompts, points, seed + 1, device), "text": model.embed_text(words).cpu()},
-            TOWER: {"shape": view_vectors(model.backbone, points, seed, device), "image": view_vectors(model.backbone, points, seed + 1, device), "text": bare}}
+) -> dict[str, dict[str, Tensor]]: # way of answering -> kind -> unit vectors, (N, D)
+    "Shapes, pictures that ask, and texts, by the 3D encoder and by the image tower"
+    points, device, found = collection.points(), model.device, {SHAPE: {}, TOWER: {}}
+    if "shape" in kinds: found[SHAPE]["shape"], found[TOWER]["shape"] = model.embed(points).cpu(), view_vectors(model.backbone, points, seed, device)
+    if "image" in kinds: found[SHAPE]["image"], found[TOWER]["image"] = (view_vectors(tower, points, seed + 1, device) for tower in (model.prompts, model.backbone))
+    if "text" in kinds:
+        words = [word if word.strip() else "nothing" for word in collection.table[text].fillna("").astype(str)] # blank ones are never asked, see `same_words`
+        with torch.no_grad(): bare = torch.cat([model.backbone.encode_text(words[i : i + 256]).float().cpu() for i in range(0, len(words), 256)])
+        found[SHAPE]["text"], found[TOWER]["text"] = model.embed_text(words).cpu(), F.normalize(bare, dim=-1)
+    return found
 
 def relevance(
     task: str, # one of TASKS
@@ -106,11 +109,12 @@ def retrieval_scores(
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
     unknown = [task for task in tasks if task not in TASKS]
     if unknown or not tasks: raise ValueError(f"unknown task {', '.join(map(repr, unknown)) or '(none given)'}; choose from {', '.join(TASKS)}")
-    if text not in collection.table: raise ValueError(f"no column {text!r} to ask with; the table has {', '.join(map(str, collection.table.columns))}")
+    kinds = {kind for task in tasks for kind in task.split(" -> ")}
+    if "text" in kinds and text not in collection.table: raise ValueError(f"no column {text!r} to ask with; the table has {', '.join(map(str, collection.table))}")
     rights = {task: relevance(task, collection, text) for task in tasks}
     for task, right in rights.items():
         if not right.any(): raise ValueError(f"{task!r}: no row has a right answer in this collection of {len(collection)}")
-    vectors, found = retrieval_vectors(model, collection, text, seed), []
+    vectors, found = retrieval_vectors(model, collection, kinds, text, seed), []
     for task, right in rights.items():
         asks, answers = task.split(" -> ")
         kept = first_of_each(collection.table[text]) if answers == "text" else torch.arange(len(collection))

@@ -136,7 +136,7 @@ def run_job(
 ) -> Run:
     "Execute a job notebook."
     try: import papermill
-    except ModuleNotFoundError as error: raise ModuleNotFoundError(f"jobs need papermill and a notebook kernel: pip install 'cg3d[notebooks]'", name=error.name) from error
+    except ModuleNotFoundError as error: raise ModuleNotFoundError("jobs need papermill and a notebook kernel: pip install 'cg3d[notebooks]'", name=error.name) from error
     from jupyter_client.kernelspec import NoSuchKernel
     from papermill.exceptions import PapermillExecutionError
     notebook, folder = run_place(job, values, notebook)

@@ -104,7 +104,7 @@ def build_faiss(
     elif kind == "ivfpq":
         if count < IVFPQ_LEAST: raise ValueError(f"kind='ivfpq' needs at least {IVFPQ_LEAST:,} rows to learn its codes from, there are {count:,}; use 'exact'")
         cells = 2 ** int(np.log2(min(4 * count ** 0.5, count / 39))) # faiss wants 39 rows a cell to learn from
-        recipe = f"IVF{cells},PQ{max(m for m in range(1, max(2, dim // 4 + 1)) if dim % m == 0)}x8"
+        recipe = f"IVF{cells},PQ{max(m for m in range(1, max(2, dim // 4 + 1)) if dim % m == 0)}x8np" # np: without polysemous training, which takes minutes and is not used
     else: recipe = "Flat"
     index = faiss.index_factory(dim, recipe, faiss.METRIC_INNER_PRODUCT)
     inner = faiss.downcast_index(index) # of its own class, but it does not own the memory

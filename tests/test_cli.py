@@ -15,6 +15,7 @@ import pytest
 import torch
 import trimesh
 from PIL import Image
+from typer.core import TyperCommand
 from typer.testing import CliRunner
 
 import cg3d.cli
@@ -22,6 +23,7 @@ from cg3d.bulk import Journal, open_source
 from cg3d.cli import JobCommand, app, read_labels
 from cg3d.describe import describe
 from cg3d.model import CG3D, load
+from cg3d.queries import model_fingerprint
 from cg3d.runjob import job_notebook, job_values, parameters_of
 from cg3d.shapes import furniture, read_shape, write_collection
 from cg3d.share import Embeddings, from_arrow, from_pretrained, model_card, read_embeddings, to_arrow, write_embeddings
@@ -60,7 +62,7 @@ def loaded_once(request, monkeypatch):
     """`--model nano` without reading it again for every call; other names take the way they always take."""
     real = cg3d.cli.load_model
     monkeypatch.setattr(cg3d.cli, "load_model", lambda name, *rest: request.getfixturevalue("nano") if name == "nano" else real(name, *rest))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no hub
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +76,10 @@ def some(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def table(some, nano) -> Path:
-    place = some.parent / "e.parquet"
-    write_embeddings(place, Embeddings(nano.embed(open_source(some).read and torch.stack([open_source(some).read(i).cloud() for i in range(24)])).numpy(), open_source(some).table, "nano", _mark(nano)))
-    return place
-
-
-def _mark(model):
-    from cg3d.queries import model_fingerprint
-    return model_fingerprint(model)
+    """Their embeddings, as `cg3d embed` writes them."""
+    source = open_source(some)
+    matrix = nano.embed([source.read(i) for i in range(len(source))]).numpy()
+    return write_embeddings(some.parent / "e.parquet", Embeddings(matrix, source.table, "nano", model_fingerprint(nano)))
 
 
 @pytest.fixture
@@ -128,7 +126,7 @@ def test_every_command_explains_itself(command):
 
 
 def test_completion_script():
-    out, err = program(env={"_CG3D.CLI_COMPLETE": "complete_bash", "_PYTHON _M CG3D.CLI_COMPLETE": "source_bash"}, *["--show-completion", "bash"]).communicate(timeout=60)
+    out, err = program("--show-completion", "bash").communicate(timeout=60)
     assert "complete" in out.lower(), err
 
 
@@ -371,16 +369,12 @@ def test_parameters_are_read_as_papermill_reads_them():
     assert known["epochs"].kind is int and known["epochs"].about and job_values("train", [], [("out", "3")])["out"] == "3"
     listed = json.loads(call("train", "--list", "--json").stdout)
     assert [row["parameter"] for row in listed["parameters"]] == list(known) and "furniture" in listed["recipes"]
-    context = type("Context", (), {})
+
+
+def test_names_and_values_may_stand_apart(monkeypatch):
     seen = []
-    class Watch(JobCommand):
-        def parse_args(self, ctx, args): return super().parse_args(ctx, args)
-    import typer.core
-    original = typer.core.TyperCommand.parse_args
-    try:
-        typer.core.TyperCommand.parse_args = lambda self, ctx, args: seen.extend(args)
-        Watch(name="x").parse_args(context, ["-p", "encoder", "pointnet width=2", "-p", "a=b", "--json", "-p", "lr", "-1"])
-    finally: typer.core.TyperCommand.parse_args = original
+    monkeypatch.setattr(TyperCommand, "parse_args", lambda self, ctx, args: seen.extend(args))
+    JobCommand(name="train").parse_args(None, ["-p", "encoder", "pointnet width=2", "-p", "a=b", "--json", "-p", "lr", "-1"])
     assert seen == ["-p", "encoder=pointnet width=2", "-p", "a=b", "--json", "-p", "lr=-1"]
 
 

@@ -383,11 +383,36 @@ def test_one_query_over_many_rows_is_quick():
 
 # ------------------------------------------------------------------ numbers
 
+def test_scores_against_the_index_and_torchmetrics(model, collection):
+    torchmetrics = pytest.importorskip("torchmetrics.functional.retrieval")
+    table = retrieval_scores(model, collection).set_index(["task", "method"])
+    assert list(table.index.unique("task")) == list(TASKS) and list(table.index.unique("method")) == [SHAPE, TOWER, CHANCE]
+    texts = collection.table["caption"].tolist()  # 2 is added to the cosines below, as torchmetrics takes no score under 0 for an answer
+    scores, right = 2 + model.embed_text(texts) @ model.embed(collection.points()).T, torch.tensor([[a == b for b in texts] for a in texts])
+    row = table.loc[("text -> shape", SHAPE)]
+    assert row["mAP"] == pytest.approx(100 * np.mean([float(torchmetrics.retrieval_average_precision(s, r)) for s, r in zip(scores, right)]), abs=0.01)
+    assert row["Recall@5"] == pytest.approx(100 * np.mean([float(torchmetrics.retrieval_hit_rate(s, r, top_k=5)) for s, r in zip(scores, right)]), abs=0.01)
+    found = ShapeIndex.build(model, collection).search(collection.table["caption"].tolist(), k=16)
+    first = [int(part["rank"][part["caption"] == text].min()) for text, (_, part) in zip(texts, found.groupby(np.arange(len(found)) // 16))]
+    assert row["median rank"] == np.median(first) and row["Recall@1"] == pytest.approx(100 * np.mean(np.array(first) == 1), abs=0.01)
+    same = table.loc[("shape -> shape", SHAPE)]
+    shapes = model.embed(collection.points())
+    cosine, nouns = 2 + shapes @ shapes.T, collection.table["category"].to_numpy()
+    others = [[j for j in range(16) if j != i] for i in range(16)]
+    expected = np.mean([float(torchmetrics.retrieval_average_precision(cosine[i, others[i]], torch.tensor(nouns[others[i]] == nouns[i]))) for i in range(16)])
+    assert same["mAP"] == pytest.approx(100 * expected, abs=0.01) and same["candidates"] == 15
+    assert table.loc[("shape -> text", SHAPE), "candidates"] == 8, "equal texts are one candidate"
+
+
 def test_chance_is_what_counting_says(model, collection):
     table = retrieval_scores(model, collection, ["image -> shape"]).set_index("method")
     assert table.loc[CHANCE, "Recall@5"] == pytest.approx(100 * 5 / 16, abs=8) and table.loc[CHANCE, "median rank"] == pytest.approx(8.5, abs=1.5)
     with pytest.raises(ValueError, match="'text -> image'; choose from text -> shape"): retrieval_scores(model, collection, ["text -> image"])
     with pytest.raises(ValueError, match="no column 'captoin'"): retrieval_scores(model, collection, text="captoin")
+    bare = Collection(collection.table[["name", "id"]], collection.packed, collection.rows)
+    assert len(retrieval_scores(model, bare, "image -> shape")) == 3, "pictures need no texts"
+    with pytest.raises(ValueError, match="no column 'caption'.*name, id"): retrieval_scores(model, bare)
+    with pytest.raises(ValueError, match="needs a column 'category'"): retrieval_scores(model, bare, "shape -> shape")
 
 
 @pytest.mark.parametrize("seed", range(3))
