@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 config = ConfigParser(delimiters=["="])
 config.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("notebooks", "search", "track", "data", "umap")}
+inside = {"cg3d.data": "data", "cg3d.nbs": "nbs", "cg3d.recipes": "recipes"}
 
 setup(
     name=cfg["lib_name"],
@@ -21,11 +23,11 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=f">={cfg['min_python']},<3.14",
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("search", "track", "dev")},
-    # `data/` stands at the top of the repository; in an installed wheel it is the package `cg3d.data`.
-    packages=[*find_packages(include=["cg3d", "cg3d.*"]), "cg3d.data"],
-    package_dir={"cg3d.data": "data"},
-    package_data={"cg3d.data": ["*", "*/*"], "cg3d": ["py.typed"]},
+    extras_require={**extras, "all": sorted({need for needs in extras.values() for need in needs}), "dev": cfg["dev_requirements"].split()},
+    # `data/`, the job notebooks and the recipes stand at the top of the repository; in an installed wheel they are packages inside `cg3d`.
+    packages=[*find_packages(include=["cg3d", "cg3d.*"]), *inside],
+    package_dir=inside,
+    package_data={"cg3d.data": ["*", "*/*"], "cg3d.nbs": ["[a-z]*.ipynb"], "cg3d.recipes": ["*.yaml"], "cg3d": ["py.typed"]},
     zip_safe=False,
     entry_points={"console_scripts": ["cg3d=cg3d.cli:main"], "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
 )
