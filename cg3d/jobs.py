@@ -68,13 +68,11 @@ def make_model(config: TrainConfig) -> CG3D:
     "An untrained 3D encoder, the frozen backbone, fresh prompts"
     torch.manual_seed(config.seed)
     encoder, options = encoder_choice(config.encoder)
-    slip = config.clip.endswith((".pt", ".pth")) # a file of SLIP towers, as CG3D and ULIP start from
-    if slip:
-        from cg3d.slip import load_slip
-        if config.clip_weights: raise ValueError(f"clip_weights={config.clip_weights!r} has no meaning for {config.clip!r}, which holds its own")
-    return CG3D.build(backbone=load_slip(config.clip)[0] if slip else None, config=CG3DConfig(
+    place = Path(config.clip)
+    clip = str(place.resolve()) if place.exists() and (place.suffix or "/" in config.clip) else config.clip # a run outlives its working folder
+    return CG3D.build(CG3DConfig(
         encoder=encoder, encoder_cfg=options, in_channels=6 if config.colour else 3, points=config.points,
-        clip=config.clip, clip_weights=config.clip_weights or None, visual_prompt=none(config.visual_prompt), text_prompt=none(config.text_prompt),
+        clip=clip, clip_weights=config.clip_weights or None, visual_prompt=none(config.visual_prompt), text_prompt=none(config.text_prompt),
         prompt_tokens=config.prompt_tokens))
 
 def none(word: str) -> str | None:

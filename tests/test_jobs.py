@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from safetensors.torch import save_file
 
+import miniatures as mini
 from cg3d.backbone import NANO_CONFIG, load_backbone
 from cg3d.config import TrainConfig, ZeroShotConfig, settings
+from cg3d.layouts import write_layout
+from cg3d.model import load
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,3 +83,20 @@ def test_recipes_are_settings(recipe):
     values = yaml.safe_load((ROOT / "recipes" / recipe).read_text())
     if set(values) <= set(asdict(TrainConfig())): settings(TrainConfig, values)
     else: assert "backbone" in recipe, sorted(set(values) - set(asdict(TrainConfig())))
+
+
+@pytest.mark.parametrize("recipe,writer,methods", [
+    ("official", mini.cg3d, {"3D encoder", "majority class", "render a view, ask the image tower", "render a view, ask the prompted image tower"}),
+    ("shapenet", mini.ulip, {"3D encoder", "majority class", "render a view, ask the image tower"})])
+def test_published_recipes_run_on_published_layouts(tmp_path, recipe, writer, methods):
+    """By parameters only: SLIP's file, the folder, and a size for a short test. Numbers in the file are random, so only the machinery is tested."""
+    data, slip = writer(tmp_path / "data"), write_layout(tmp_path / "slip_base_100ep.pt", "slip", small_towers=True)
+    done = papermill("train.ipynb", tmp_path, "-f", ROOT / f"recipes/{recipe}.yaml", "-p", "data", data, "-p", "clip", slip, "-p", "epochs", 2, "-p", "batch_size", 4,
+                     "-p", "encoder", "point_transformer depth=1 width=96 heads=2", "-p", "out", tmp_path / "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics, results = pd.read_csv(tmp_path / "run/metrics.csv"), pd.read_csv(tmp_path / "run/results.csv")
+    assert metrics["loss"].gt(0).all() and len(metrics) == 2 and set(results["method"]) == methods
+    assert results["classes"].eq(55 if recipe == "official" else 4).all() and results["shapes"].eq(4).all() # asked for the set's own list of classes
+    config, model = json.loads((tmp_path / "run/train.json").read_text()), load(tmp_path / "run")
+    assert (config["schedule"], config["colour"], config["augment"]) == (("alternate", False, "official") if recipe == "official" else ("frozen", False, "sensor"))
+    assert model.config.visual_prompt == ("deep" if recipe == "official" else None) and model.embed(torch.rand(2, 1024, 3)).shape == (2, model.backbone.dim)

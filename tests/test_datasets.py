@@ -1,0 +1,187 @@
+"""Every published layout in small: what is read, the traps, and what is said of broken files."""
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import miniatures as mini
+from cg3d.cli import app
+from cg3d.datasets import check_data, list_layouts, read_dataset
+from cg3d.points import MISSING_COLOUR, check_points, normalize
+from cg3d.readers.modelnet import MODELNET10, MODELNET40, SCANOBJECTNN
+from cg3d.readers.shapenet import CG3D_CLASSES
+from cg3d.unpickle import load_pickle
+
+# layout -> writer, listed shapes, classes, id and category of row 0, seed of its cloud, points of it
+LAYOUTS = {
+    "cg3d": (mini.cg3d, 16, 55, "02691156-1a2b", "airplane", 0, 1100),
+    "ulip": (mini.ulip, 12, 4, "02691156-1a2b", "airplane", 0, 1100),
+    "modelnet40": (mini.modelnet_text, 6, 40, "airplane_0001", "airplane", 0, 64),
+    "modelnet10": (mini.modelnet_text, 2, 10, "night_stand_0001", "night stand", 2, 64),
+    "modelnet40_h5": (mini.modelnet_h5, 6, 40, "ply_data_train0-00000", "airplane", 0, 64),
+    "modelnet_pickle": (mini.modelnet_pickle, 6, 40, "train-00000", "airplane", 0, 64),
+    "modelnet40_openshape": (lambda root: mini.openshape_tests(root) / "modelnet40", 3, 40, "airplane_0002", "airplane", 1, 64),
+    "scanobjectnn_openshape": (lambda root: mini.openshape_tests(root) / "scanobjectnn", 4, 15, "00000", "bag", 0, 32),
+    "scanobjectnn_obj_bg": (mini.scanobjectnn, 10, 15, "training_objectdataset-00000", "bag", 0, 32),
+    "scanobjectnn_obj_only": (mini.scanobjectnn, 10, 15, "training_objectdataset-00000", "bag", 100, 32),
+    "scanobjectnn_pb_t50_rs": (mini.scanobjectnn, 10, 15, "training_objectdataset_augmentedrot_scale75-00000", "bag", 200, 32),
+    "openshape": (mini.objaverse, 6, 2, "aa11", "bat (animal)", 0, 90),
+    "objaverse_lvis": (mini.uni3d_lvis, 3, 3, "aa11", "bat (animal)", 0, 90),
+    "scannet": (mini.scannet, 2, 2, "scene0000_00/0", "cabinet", None, 8),
+    "folder": (mini.folder, 3, 2, "a-box", "box", None, 2048),
+}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def layout(request, tmp_path_factory):
+    writer, *expected = LAYOUTS[request.param]
+    return request.param, writer(tmp_path_factory.mktemp(request.param)), *expected
+
+
+def test_every_layout_has_a_miniature():
+    assert set(LAYOUTS) | {"packed"} == set(list_layouts())
+
+
+def test_layout_yields_the_contract(layout):
+    name, root, count, classes, first, category, seed, points = layout
+    data = read_dataset(root, layout=name)
+    assert len(data) == count and len(data.labels) == classes and data.count == points
+    assert data.table["id"].iat[0] == first
+    named = data.table["category"] != ""
+    assert category in set(data.table["category"]) and [data.labels[label] for label in data.table["label"][named]] == data.table["category"][named].tolist()
+    clouds = data.points()
+    check_points(clouds)
+    assert clouds.shape == (count, points, 6) and clouds.dtype == torch.float32
+    assert torch.allclose(clouds[..., :3].mean(1), torch.zeros(count, 3), atol=1e-4) and torch.allclose(clouds[..., :3].norm(dim=-1).amax(1), torch.ones(count), atol=1e-4)
+    if seed is not None: assert torch.allclose(clouds[0, :, :3], normalize(torch.from_numpy(mini.cloud(seed, points))), atol=2e-4) # same points, same order, same axes
+    if name not in ("openshape", "objaverse_lvis", "scannet", "modelnet40_openshape"): assert (clouds[0, :, 3:] == MISSING_COLOUR).all()
+
+
+def test_layout_is_recognised_or_asks(layout):
+    """What lies alone is recognised; several layouts side by side are named, never chosen from in silence."""
+    name, root, *_ = layout
+    found = check_data(root).layout.split(" + ")
+    assert name in found or (name, found) == ("modelnet10", ["modelnet40"]) # they share a folder; 10 has to be asked for
+    if len(found) == 1: assert read_dataset(root).layout == found[0]
+    else:
+        with pytest.raises(ValueError, match="say which with layout="): read_dataset(root)
+
+
+def test_check_data_counts(layout):
+    name, root, count, *_ = layout
+    report = check_data(root, layout=name)
+    assert report.table["listed"].sum() == count == report.table["found"].sum() and report.ok, str(report)
+
+
+def test_ids_may_hold_hyphens(tmp_path):
+    data = read_dataset(mini.ulip(tmp_path))
+    row = data.table["id"].tolist().index("02691156-3c-4d-5e")
+    assert data.table["model"].iat[row] == "3c-4d-5e" and len(data.pictures(row)) == 30 # depth pictures are left out
+    cg3d = read_dataset(mini.cg3d(tmp_path / "cg3d"), split="train")
+    assert len(cg3d.pictures(cg3d.table["id"].tolist().index("02691156-3c-4d-5e"))) == 5
+
+
+def test_leaks_are_reported(tmp_path):
+    problems = "\n".join(check_data(mini.cg3d(tmp_path)).problems)
+    assert "3 of the 4 shapes of split 'val' stand in 'train'" in problems and "1 of the 4 shapes of split 'val' stand in 'test'" in problems
+    assert "ShapeNet55/test.txt stand in train_img.txt" in problems
+
+
+def test_classes_stand_in_published_order(tmp_path):
+    data = read_dataset(mini.cg3d(tmp_path / "a"))
+    assert data.labels == CG3D_CLASSES and data.labels[0] == "mug" and data.labels[-1] == "monitor" and {"monitor", "ship"} <= set(data.table["category"])
+    assert read_dataset(mini.modelnet_text(tmp_path / "b"), layout="modelnet40", names="verbatim").labels == MODELNET40
+    assert read_dataset(mini.modelnet_pickle(tmp_path / "c", number="10"), names="verbatim").labels == MODELNET10
+    assert read_dataset(mini.scanobjectnn(tmp_path / "d"), layout="scanobjectnn_obj_bg", names="verbatim").labels == SCANOBJECTNN
+    assert read_dataset(mini.uni3d_lvis(tmp_path / "e"), names="verbatim").labels == ["CD_player", "bat_(sports_equipment)", "bat_(animal)"] # by the list's numbers
+
+
+@pytest.mark.parametrize("names,words", [("cleaned", ["bat (animal)", "bat (sports equipment)", "CD player"]), ("verbatim", ["bat_(animal)", "bat_(sports_equipment)", "CD_player"])])
+@pytest.mark.parametrize("writer", [mini.uni3d_lvis, mini.ulip_lvis])
+def test_lvis_names_verbatim_or_cleaned(tmp_path, writer, names, words):
+    assert read_dataset(writer(tmp_path), names=names).table["category"].tolist() == words
+
+
+def test_scanobjectnn_is_normalised_and_says_so(tmp_path):
+    root = mini.scanobjectnn(tmp_path)
+    data = read_dataset(root, layout="scanobjectnn_pb_t50_rs", split="test")
+    assert np.linalg.norm(data[0].points, axis=1).min() > 2 # the file's own metres
+    assert data.points()[..., :3].norm(dim=-1).amax() <= 1 + 1e-5
+    assert any("neither centred nor scaled" in note and "PB_T50_RS" in note for note in check_data(root, layout="scanobjectnn_pb_t50_rs").notes)
+
+
+def test_scannet_turns_z_up(tmp_path):
+    data = read_dataset(mini.scannet(tmp_path))
+    tall, bench = data[0].points, data[1].points
+    assert np.allclose(np.ptp(tall, 0), [0.5, 2, 0.5]) and np.allclose(np.ptp(bench, 0), [1, 0.4, 0.4])
+
+
+def test_sidecar_filters_names_and_features_survive(tmp_path):
+    data = read_dataset(mini.objaverse(tmp_path), layout="openshape", split="train_all")
+    assert data[0].name == "" and data[1].name == "raw bb22" and data[0].caption == "blip aa11"
+    assert data.features(0)["image_feat"].shape == (12, 1280)
+
+
+def test_folder_without_a_table(tmp_path):
+    data = read_dataset(mini.folder(tmp_path / "mine", table=False))
+    assert data.table["id"].tolist() == ["a-box", "cloud", "sub/ball"] and any("no .csv" in problem for problem in check_data(tmp_path / "mine").problems)
+
+
+@pytest.mark.parametrize("layout,writer,victim", [("ulip", mini.ulip, "shapenet_pc/02691156-1a2b.npy"), ("modelnet40", mini.modelnet_text, "airplane/airplane_0001.txt"), ("folder", mini.folder, "a-box.stl")])
+def test_missing_files_are_named(tmp_path, layout, writer, victim):
+    root = writer(tmp_path)
+    (root / victim).unlink()
+    with pytest.raises(FileNotFoundError, match=victim.rpartition("/")[2]): read_dataset(root, layout=layout)
+    whole = len(read_dataset(root, layout=layout, missing="skip"))
+    report = check_data(root, layout=layout)
+    assert not report.ok and report.table["missing"].sum() == 1 and whole == report.table["found"].sum() and victim.rpartition("/")[2] in str(report)
+
+
+def test_other_keys_in_hdf5(tmp_path):
+    import h5py
+    root = mini.scanobjectnn(tmp_path)
+    file = root / "main_split/test_objectdataset.h5"
+    with h5py.File(file, "w") as opened: opened["cloud"] = np.zeros((2, 8, 3))
+    with pytest.raises(ValueError, match="no key 'data'; it has cloud"): read_dataset(root, layout="scanobjectnn_obj_bg")
+    file.write_bytes(b"not hdf5")
+    with pytest.raises(ValueError, match="test_objectdataset.h5: not a sound HDF5 file"): read_dataset(root, layout="scanobjectnn_obj_bg")
+
+
+class Burglar:
+    def __init__(self, mark): self.mark = mark
+    def __reduce__(self): return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, protocol):
+    file = tmp_path / "modelnet40_train_8192pts_fps.dat"
+    file.write_bytes(pickle.dumps([[Burglar(tmp_path / "inside")], [0]], protocol))
+    with pytest.raises(ValueError, match="mkdir"): read_dataset(tmp_path)
+    with pytest.raises(ValueError, match="mkdir"): load_pickle(file)
+    root = mini.uni3d_lvis(tmp_path / "lvis")
+    np.save(root / "objaverse/000-001/aa11.npy", np.array({"xyz": Burglar(tmp_path / "inside")}, object), allow_pickle=True)
+    with pytest.raises(ValueError, match="aa11.npy.*mkdir"): read_dataset(root)
+    assert not (tmp_path / "inside").exists()
+
+
+def test_names_that_are_not_known(tmp_path):
+    root = mini.modelnet_text(tmp_path)
+    with pytest.raises(ValueError, match="layout='modelnet41' is unknown; known are cg3d"): read_dataset(root, layout="modelnet41")
+    with pytest.raises(ValueError, match="'val'|val"): read_dataset(root, layout="modelnet40", split="val")
+    with pytest.raises(ValueError, match="no known layout"): read_dataset(tmp_path.parent / tmp_path.name / "modelnet40_normal_resampled/airplane")
+    with pytest.raises(FileNotFoundError, match="no such file or folder"): read_dataset(tmp_path / "nowhere")
+    (root / "modelnet40_test.txt").write_text("aeroplane_0001\n")
+    with pytest.raises(ValueError, match="'aeroplane_0001' belongs to none of the 40 classes"): read_dataset(root, layout="modelnet40")
+
+
+def test_the_command_says_what_it_found(tmp_path):
+    root, run = mini.ulip(tmp_path), CliRunner().invoke
+    (root / "shapenet_pc/02691156-6f70.npy").unlink()
+    answer = run(app, ["check-data", str(root), "--json"])
+    report = json.loads(answer.stdout)
+    assert report["layout"] == "ulip" and {row["split"]: (row["listed"], row["missing"]) for row in report["splits"]} == {"train": (8, 0), "test": (4, 1)}
+    assert "02691156-6f70.npy" in answer.stdout and answer.exit_code != 0
