@@ -70,12 +70,14 @@ def guess_up(
     xyz: np.ndarray,  # (N, 3), metres
     seed: int = 0,
 ) -> np.ndarray:  # (3,), unit
-    "z or y, whichever has more level surface; the normal of the largest plane where the scan stands in a camera's axes or lies askew."
+    "z or y: rooms are wider than high, so the shorter one, unless the other has twice its level surface; the normal of the largest plane where the scan stands in a camera's axes or lies askew."
     generator = np.random.default_rng(seed)
     cloud = thin(xyz[generator.permutation(len(xyz))[:60_000]], None, 15_000)
     shares = {axis: (np.abs(cloud.normals @ np.array(AXES[axis])) > 0.95).mean() for axis in "zy"}
     camera = is_camera_frame(xyz)
-    if not camera and max(shares.values()) > 0.15: return up_vector("y" if shares["y"] > 1.2 * shares["z"] else "z")
+    low, high = np.percentile(cloud.xyz, [1, 99], axis=0)
+    short, long = ("y", "z") if (high - low)[1] < 0.9 * (high - low)[2] else ("z", "y")
+    if not camera and max(shares.values()) > 0.15: return up_vector(long if shares[long] > 2 * shares[short] else short)
     plane = ransac_plane(cloud.xyz, cloud.normals, cloud.tolerance, generator)
     if camera: return plane.normal if plane.offset < 0 else -plane.normal  # towards the camera
     if len(plane.rows) < 0.1 * len(cloud.xyz): return up_vector("z")
@@ -262,7 +264,7 @@ def scene_picture(
     azimuth: float = -35.0,  # of the camera, degrees
     elevation: float = 50.0,
     open_sides: float = 0.1,  # metres that are left off towards the camera and from the top, where no instance is known
-    most: int = 60_000,  # points drawn
+    most: int = 200_000,  # points drawn
 ) -> "Image":  # PIL
     "A scene as a dolls' house."
     import torch
@@ -270,7 +272,7 @@ def scene_picture(
     from cg3d.render import render_points
     if heat is not None and np.shape(heat) != (len(scene),): raise ValueError(f"heat has the shape {np.shape(heat)}, the scene has {len(scene):,} points")
     xyz, low, high = scene.upright, scene.upright.min(0), scene.upright.max(0)
-    towards = np.array([-np.sin(np.radians(azimuth)), 0, np.cos(np.radians(azimuth))]) # of the camera, seen from the middle
+    towards = np.array([np.sin(np.radians(azimuth)), 0, np.cos(np.radians(azimuth))]) # of the camera, seen from the middle
     shut = np.zeros(len(scene), bool)
     for axis in (0, 2):
         if abs(towards[axis]) > 0.3: shut |= (xyz[:, axis] < low[axis] + open_sides) if towards[axis] < 0 else (xyz[:, axis] > high[axis] - open_sides)

@@ -1,0 +1,132 @@
+"""Scenes from file to answer: what is refused, what is reported, and whether a room answers better than chance."""
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import trimesh
+
+import cg3d
+from cg3d.rooms import RoomSettings, compose_room, look
+from cg3d.scans import Scene, read_scene, scene_picture
+from cg3d.scene_scores import SceneQueryConfig, by_description, by_function, by_name, evaluate_scenes, truth
+from cg3d.scenes import propose, query_scene
+from cg3d.segments import overlaps
+from cg3d.shapes import furniture
+
+ROOT = Path(__file__).parent.parent
+COARSE = RoomSettings(floor_things=7, small_things=3, spacing=0.04)
+
+
+@pytest.fixture(scope="module")
+def model(): return cg3d.load("nano")
+
+
+@pytest.fixture(scope="module")
+def rooms(): return [compose_room(seed, settings=COARSE) for seed in range(3)]
+
+
+def test_rooms_hold_only_test_shapes_at_their_sizes(rooms):
+    test = furniture().select(split="test")
+    for room in rooms:
+        assert len(room.shapes) == len(room.instances()) and len(set(room.shapes)) == len(room.shapes)
+        for number, row in zip(room.instances(), room.shapes):
+            assert np.isclose(np.ptp(room.points[room.instance == number], axis=0)[1], test.table["height"].iloc[row], atol=0.05)
+
+
+def test_a_camera_sees_a_part_and_nothing_else(rooms):
+    room = rooms[0]
+    seen = look(room, 2, noise=0.0)
+    whole = {tuple(point) for point in room.points.round(4).tolist()}
+    assert 100 < len(seen) < len(room) and all(tuple(point) in whole for point in seen.points.round(4).tolist()) and seen.shapes == room.shapes
+    with pytest.raises(ValueError, match="cameras=0 must be at least 1"): look(room, 0)
+
+
+def test_geometry_finds_most_things(rooms):
+    best = np.concatenate([overlaps(propose(room, "geometry").rows, list(truth(room).values()), len(room)).max(0) for room in rooms])
+    assert (best >= 0.5).mean() > 0.7, best
+
+
+@pytest.mark.parametrize("how", ["instances", "geometry"])
+def test_rooms_answer_better_than_chance_and_the_largest_object(rooms, model, how):
+    table = evaluate_scenes(rooms, model, by_name, [how], progress=False).set_index("method")
+    assert table.loc["cg3d", "top3_25"] > table.loc["chance", "top3_25"] and table.loc["cg3d", "miou"] > max(table.loc["chance", "miou"], table.loc["largest object", "miou"])
+    assert table.loc["cg3d", "mean_class"] > table.loc["chance", "mean_class"]
+
+
+def test_questions_by_use_and_description(rooms):
+    test = furniture().select(split="test")
+    for room in rooms:
+        assert sum(map(len, by_description(room, test).values())) == len(truth(room))
+        for numbers in by_function(room).values(): assert set(numbers) <= set(truth(room))
+    with pytest.raises(ValueError, match="composed room"): by_description(Scene(rooms[0].points, up="y", unit="m"), test)
+
+
+@pytest.mark.parametrize("query,words", [("", "empty"), ("  ", "blank"), ("?!", "holds no word")])
+def test_queries_that_ask_nothing(rooms, model, query, words):
+    with pytest.raises(ValueError, match=words): query_scene(rooms[0], query, model)
+
+
+def test_a_query_in_another_script_warns_and_is_answered(rooms, model):
+    with pytest.warns(UserWarning, match="cyrillic"): answer = query_scene(rooms[0], "стул", model, "instances", progress=False)
+    assert len(answer.table) == len(propose(rooms[0], "instances"))
+
+
+def test_millimetres_z_up_and_broken_points_are_reported(rooms, tmp_path):
+    room = rooms[0]
+    points = 1000 * room.upright[:, [2, 0, 1]]
+    points[3] = np.nan
+    trimesh.PointCloud(points, (255 * room.colors).astype(np.uint8)).export(tmp_path / "scan.ply")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        scene = read_scene(tmp_path / "scan.ply")
+    words = "\n".join(scene.notes)
+    assert "1 of" in words and "NaN" in words and "millimetres" in words and "found to be z" in words and any("millimetres" in str(one.message) for one in said)
+    assert np.isclose(np.ptp(scene.upright[:, 1]), np.ptp(room.upright[:, 1]), atol=0.05)
+    whole = read_scene(tmp_path / "scan.ply", up="y", unit="m") # said beats guessed
+    assert np.ptp(whole.points, axis=0).max() > 1000
+
+
+def test_a_scene_with_one_object_and_no_floor(model):
+    shape = furniture()[0]
+    alone = Scene(shape.points * np.float32(0.5), shape.colors, up="y", unit="m")
+    answer = query_scene(alone, "a thing", model, progress=False)
+    assert len(answer.rows()) > 0.8 * len(alone) and answer.heat.max() > 0
+    dots = Scene(10 * np.random.default_rng(0).random((50, 3)), up="y", unit="m") # nothing holds together
+    assert len(query_scene(dots, "a chair", model, progress=False).table) >= 1
+
+
+@pytest.mark.parametrize("points,error,words", [(np.full((20, 3), np.nan), ValueError, "0 usable points|usable points"), (np.ones((20, 3)), ValueError, "all 20 points are equal"), (np.zeros((4, 3)), ValueError, "at least 10"), (np.zeros((20, 2)), ValueError, r"\(N, 3\)")])
+def test_scenes_that_are_none(points, error, words):
+    with pytest.raises(error, match=words): Scene(points)
+
+
+def test_pictures(rooms, model):
+    answer = query_scene(rooms[0], "a chair", model, "instances", progress=False)
+    plain, hot = (np.asarray(scene_picture(rooms[0], heat, 120)).astype(int) for heat in (None, answer.heat))
+    assert plain.shape == (120, 120, 3) and (plain != hot).any()
+    with pytest.raises(ValueError, match="heat has the shape"): scene_picture(rooms[0], answer.heat[:5])
+
+
+@pytest.mark.parametrize("values,words", [({"proposals": "boxes"}, "instances, geometry"), ({"queries": "colours"}, "names, functions, descriptions"), ({"rooms": 0}, "rooms=0"), ({"ask": "a | ."}, "holds no word")])
+def test_settings_are_checked(values, words):
+    with pytest.raises(ValueError, match=words): SceneQueryConfig(**values)
+
+
+def test_the_job_on_rooms_and_on_a_scan(rooms, tmp_path):
+    def job(*parameters):
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(ROOT / "nbs/scene_query.ipynb"), str(tmp_path / "out.ipynb"), *map(str, parameters)]
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    done = job("-p", "rooms", 1, "-p", "views", "partial", "-p", "proposals", "instances", "-p", "queries", "names", "-p", "ask", "a chair", "-p", "out", tmp_path / "rooms")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert set(pd.read_csv(tmp_path / "rooms/results.csv")["method"]) == {"cg3d", "largest object", "chance"} and json.loads((tmp_path / "rooms/scene_query.json").read_text())["rooms"] == 1
+    np.savez(tmp_path / "scan.npz", points=rooms[0].points, colors=rooms[0].colors)
+    done = job("-p", "scene", tmp_path / "scan.npz", "-p", "up", "y", "-p", "ask", "a chair | a table", "-p", "out", tmp_path / "scan")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(pd.read_csv(tmp_path / "scan/answers.csv")) == 6 and (tmp_path / "scan/figures/heat_1.png").stat().st_size > 0
