@@ -28,12 +28,14 @@ class RoomSettings:
     height: float = 2.6  # of the walls
     walls: bool = True
     gap: float = 0.08  # least distance between pieces, metres
+    backs_to_wall: bool = False  # pieces along a wall turn their back to it (a model's front is +z, as in Sweet Home 3D); else any quarter turn
     spacing: float = 0.025  # distance of neighbouring points on a surface, metres
     fewest: int = 600  # points of the smallest piece
 
     def __post_init__(self):
         if not 0.005 <= self.spacing <= 0.2: raise ValueError(f"spacing={self.spacing} must be in 0.005..0.2 metres")
         if min(self.floor_things, self.small_things) < 0 or self.floor_things < 1: raise ValueError(f"floor_things={self.floor_things} must be at least 1 and small_things={self.small_things} not negative")
+        if not 0 < min(self.low) or any(a > b for a, b in zip(self.low, self.high)): raise ValueError(f"low={self.low}, high={self.high}: the smallest room, then the largest, in metres")
 
 # %% ../nbs/46_rooms.ipynb #06984a75
 def surface(
@@ -43,11 +45,14 @@ def surface(
     generator: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:  # xyz (n, 3), metres, standing on y = 0, centred; colours (n, 3)
     "A piece at its real size, about as dense as the rest of the room."
+    if shape.size is None: raise ValueError(f"{shape}: its size in metres is not known; give Shape(size=(width, height, depth))")
+    if len(shape.points) < 5: raise ValueError(f"{shape}: a surface needs at least 5 points")
     cloud = shape.cloud().numpy()
     xyz, rgb = cloud[:, :3], cloud[:, 3:]
     extent = np.ptp(xyz, axis=0)
     xyz = (xyz - (xyz.max(0) + xyz.min(0)) / 2) / np.maximum(extent, 1e-6) * np.array(shape.size)
     gap = 2 * np.median(cKDTree(xyz).query(xyz, k=2)[0][:, 1])  # of the stored points
+    if gap == 0: gap = 2 * np.median(cKDTree(once := np.unique(xyz, axis=0)).query(once, k=2)[0][:, 1])  # most are repeated
     wanted = max(fewest, round(len(xyz) * (gap / spacing) ** 2))
     at = generator.permutation(len(xyz))[:wanted] if wanted <= len(xyz) else generator.integers(len(xyz), size=wanted)
     if wanted > len(xyz):  # in between: a random place in the triangle with two neighbours
@@ -61,11 +66,18 @@ def surface(
 # %% ../nbs/46_rooms.ipynb #4ebec32a
 ELSEWHERE = ("range hood", "light switch", "wall socket", "arrow", "window", "door", "street light", "parking slot", "column", "house", "car", "tree")
 
+def _kinds(table) -> np.ndarray:  # (S,), str
+    "The category of each row of a collection's table, its name where there is none."
+    names = table["name"].to_numpy(str)
+    kinds = table["category"].to_numpy(str) if "category" in table else names
+    return np.where(kinds == "", names, kinds)
+
 def pieces(collection: Collection, settings: RoomSettings) -> tuple[list[int], list[int]]:  # rows of pieces for the floor, and of those that stand on them
     "Which shapes of a collection can stand in a room."
     table = collection.table
-    size = table[["width", "height", "depth"]].to_numpy(float)
-    fits = (size[:, 1] < settings.height - 0.2) & (np.sort(size, 1)[:, 2] < 2.7) & (np.sort(size, 1)[:, 0] > 0.02) & ~table["category"].isin(ELSEWHERE).to_numpy()
+    if not {"width", "height", "depth"} <= set(table): raise ValueError(f"{collection} has no sizes: rooms need the columns width, height and depth in metres, there are {list(table)}")
+    size = table[["width", "height", "depth"]].to_numpy(float)  # NaN compares as False: without a size a shape is left out
+    fits = (size[:, 1] < settings.height - 0.2) & (np.sort(size, 1)[:, 2] < 2.7) & (np.sort(size, 1)[:, 0] > 0.02) & ~np.isin(_kinds(table), ELSEWHERE)
     small = fits & (size.max(1) < 0.5)
     return np.flatnonzero(fits & ~small & (size.max(1) > 0.45)).tolist(), np.flatnonzero(small & (size.max(1) > 0.12)).tolist()
 
@@ -87,6 +99,7 @@ def place(
     gap: float,
     generator: np.random.Generator,
     tries: int = 40,
+    back: bool = False,  # along an edge, its back (-z) is turned to it
 ) -> np.ndarray | None:  # (n, 3) at its place, None where there is none
     "Turn a piece and put it where it overlaps nothing; half of them along an edge of the area."
     for _ in range(tries):
@@ -96,8 +109,14 @@ def place(
         if (low > high).any(): continue
         at = low + generator.random(2) * (high - low)
         if generator.random() < 0.5:
-            side = generator.integers(2)
-            at[side] = (low, high)[generator.integers(2)][side]
+            side, end = generator.integers(2), generator.integers(2)
+            if back:
+                turned = _turned(xyz, (math.pi / 2, -math.pi / 2, 0.0, math.pi)[2 * side + end])
+                half = np.ptp(_footprint(turned), axis=0) / 2
+                low, high = area[0] + half + gap, area[1] - half - gap
+                if (low > high).any(): continue
+                at = np.clip(at, low, high)
+            at[side] = (low, high)[end][side]
         centre = _footprint(turned).mean(0)
         moved = turned + np.array([at[0] - centre[0], level, at[1] - centre[1]], np.float32)
         if _free(taken, _footprint(moved), gap): return moved
@@ -170,6 +189,8 @@ def look(
 ) -> Scene:  # the points that are seen, each moved along its ray
     "What depth cameras see of a scene, fused."
     if cameras < 1: raise ValueError(f"cameras={cameras} must be at least 1")
+    if not 0 <= noise < math.inf: raise ValueError(f"noise={noise} must be finite and not negative; 1 is a Kinect's, 0 none")
+    if eyes is not None and (np.ndim(eyes) != 2 or np.shape(eyes)[1] != 3): raise ValueError(f"eyes must be places (x, y, z) in metres, one a camera, got the shape {np.shape(eyes)}")
     generator = np.random.default_rng([seed, 1])
     xyz = scene.upright
     low, high = xyz.min(0), xyz.max(0)
@@ -189,55 +210,110 @@ def look(
     return scene.subset(seen, points=moved[seen])
 
 # %% ../nbs/46_rooms.ipynb #0e2ce407
+FLAT_TOPS = ("table", "cabinet", "chest", "bench", "desk", "night stand", "nightstand", "dresser", "shelf", "sideboard", "counter", "box")
+
+class _Furnishing:
+    "A room while it is being furnished."
+
+    def __init__(self, collection: Collection, room: np.ndarray, settings: RoomSettings, generator: np.random.Generator):
+        self.collection, self.settings, self.generator = collection, settings, generator
+        self.area = np.stack([np.zeros(2), room])
+        self.parts, self.rows, self.taken = [], [], []  # (xyz, rgb) and row of each piece; footprints on the floor
+
+    def put(self, row: int, area: np.ndarray, level: float, taken: list[np.ndarray], gap: float, back: bool = False) -> bool:
+        xyz, rgb = surface(self.collection[row], self.settings.spacing, self.settings.fewest, self.generator)
+        xyz = place(xyz, area, level, taken, gap, self.generator, back=back)
+        if xyz is None: return False
+        self.parts.append((xyz, rgb)), self.rows.append(row), taken.append(_footprint(xyz))
+        return True
+
+    def put_on_floor(self, row: int) -> bool: return self.put(row, self.area, 0.0, self.taken, self.settings.gap, self.settings.backs_to_wall)
+
+    def tops(self) -> list[tuple[np.ndarray, float, list]]:  # footprint, height, what stands there
+        "Flat tops of what stands in the room."
+        found, kinds = [], _kinds(self.collection.table)
+        for (xyz, _), row in zip(self.parts, self.rows):
+            if kinds[row] not in FLAT_TOPS: continue
+            level = float(np.percentile(xyz[:, 1], 97))
+            on_top = xyz[np.abs(xyz[:, 1] - level) < 0.02]
+            if len(on_top) * self.settings.spacing**2 > 0.05 and level < 1.5: found.append((_footprint(on_top), float(on_top[:, 1].max()), []))
+        return found
+
+    def put_on_tops(self, rows: Sequence[int], tops: list) -> list[int]:  # rows that found no place
+        left = []
+        for row in rows:
+            area, level, taken = tops[self.generator.integers(len(tops))] if tops else (np.zeros((2, 2)), 0.0, [])
+            if not tops or not self.put(row, area, level, taken, 0.03): left.append(row)
+        return left
+
+    def need(self, row: int) -> None:
+        "Put a piece that was asked for by its row."
+        shape, (x, z) = self.collection[row], self.area[1]
+        if shape.size is None: raise ValueError(f"row {row}, {shape}, has no size in metres and cannot stand in a room; leave it out")
+        if shape.size[1] > self.settings.height: raise ValueError(f"row {row}, {shape}, is higher than the room ({self.settings.height} m); leave it out or give RoomSettings(height=)")
+        if not self.put_on_floor(row):
+            raise ValueError(f"row {row}, {shape}, finds no place in a room of {x:.1f} x {z:.1f} x {self.settings.height:.1f} m with {len(self.rows)} things in it: give a larger size=, fewer rows= or another seed=")
+
+def _drawn(collection: Collection, rows: list[int], count: int, generator) -> list[int]:
+    "Shapes without repeats, each category about as likely as any other, so that a room is not all chairs."
+    if not rows: return []
+    kind = _kinds(collection.table)[rows]
+    weight = 1 / np.sqrt(np.unique(kind, return_counts=True)[1][np.unique(kind, return_inverse=True)[1]])
+    return generator.choice(rows, min(count, len(rows)), replace=False, p=weight / weight.sum()).tolist()
+
+# %% ../nbs/46_rooms.ipynb #ba76bd08
 def compose_room(
     seed: int = 0,
     collection: Collection | None = None,  # shapes with sizes; None: the embedded set's test shapes
     cameras: int = 0,  # 0: the whole room; else what so many depth cameras see of it
     settings: RoomSettings = RoomSettings(),
     noise: float = 1.0,  # of the depth cameras, in multiples of a Kinect's
-) -> Scene:  # y up, with instances; `scene.shapes` holds the rows of the collection
+    rows: Sequence[int] | None = None,  # exactly these shapes; None: drawn
+    objects: int | None = None,  # exactly so many; None: as many of `settings` as find a place
+    size: Sequence[float] | None = None,  # width (x) and depth (z), metres; None: drawn between settings.low and settings.high
+) -> Scene:  # y up, with instances, -1 for floor and walls; `scene.shapes` holds the rows of the collection
     "Furnish a room with shapes at their real sizes."
     collection = furniture().select(split="test") if collection is None else collection
+    if rows is not None and objects is not None: raise ValueError("give rows= or objects=, not both")
     generator = np.random.default_rng(seed)
     large, small = pieces(collection, settings)
-    if not large: raise ValueError(f"{collection}: no shape that fits a room (each needs width, height and depth in metres)")
+    if not large and rows is None: raise ValueError(f"{collection}: no shape that fits a room (each needs width, height and depth in metres)")
     room = generator.uniform(settings.low, settings.high)
-    parts, rows, taken = [], [], []
-    for row in _drawn(collection, large, settings.floor_things, generator):
-        xyz, rgb = surface(collection[row], settings.spacing, settings.fewest, generator)
-        xyz = place(xyz, np.stack([np.zeros(2), room]), 0.0, taken, settings.gap, generator)
-        if xyz is not None: parts.append((xyz, rgb)), rows.append(row), taken.append(_footprint(xyz))
-    _small_things(collection, small, parts, rows, settings, generator)
-    walls = shell(room, settings, generator)
-    xyz, rgb = (np.concatenate([part[i] for part in [*parts, walls]]) for i in (0, 1))
-    instance = np.repeat([*range(len(parts)), -1], [len(p[0]) for p in [*parts, walls]])
-    scene = Scene(xyz, rgb, up="y", unit="m", instance=instance, names=_names(collection, rows), shapes=rows, name=f"room {seed}")
+    if size is not None: room = _checked_size(size)
+    made = _Furnishing(collection, room, settings, generator)
+    if rows is not None: _furnish_with(made, rows, small)
+    elif objects is not None: _furnish_exactly(made, objects, large, small)
+    else:
+        for row in _drawn(collection, large, settings.floor_things, generator): made.put_on_floor(row)
+        if tops := made.tops(): made.put_on_tops(_drawn(collection, small, settings.small_things, generator), tops)
+        if not made.rows: raise ValueError(f"none of {settings.floor_things} pieces finds a place in a room of {room[0]:.1f} x {room[1]:.1f} m: give a larger size= or another seed=")
+    parts = [*made.parts, shell(room, settings, generator)]
+    xyz, rgb = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+    instance = np.repeat([*range(len(made.rows)), -1], [len(part[0]) for part in parts])
+    names = _kinds(collection.table)[made.rows].tolist()
+    scene = Scene(xyz, rgb, up="y", unit="m", instance=instance, names=names, shapes=made.rows, name=f"room {seed}")
     return look(scene, cameras, seed, noise, settings.spacing) if cameras else scene
 
-def _drawn(collection: Collection, rows: list[int], count: int, generator) -> list[int]:
-    "Shapes without repeats, each category as likely as any other, so that a room is not all chairs."
-    if not rows: return []
-    kind = collection.table["category"].iloc[rows].to_numpy(str)
-    kind = np.where(kind == "", collection.table["name"].iloc[rows].to_numpy(str), kind)
-    weight = 1 / np.sqrt(np.unique(kind, return_counts=True)[1][np.unique(kind, return_inverse=True)[1]])
-    return generator.choice(rows, min(count, len(rows)), replace=False, p=weight / weight.sum()).tolist()
+def _checked_size(size: Sequence[float]) -> np.ndarray:
+    room = np.asarray(size, float)
+    if room.shape != (2,) or not (np.isfinite(room) & (room >= 1) & (room <= 50)).all(): raise ValueError(f"size={size!r} must be width and depth of the room, 1 to 50 metres each")
+    return room
 
-def _names(collection: Collection, rows: list[int]) -> list[str]:
-    table = collection.table.iloc[rows]
-    return [row["category"] or row["name"] for row in table.to_dict("records")]
+def _furnish_with(made: _Furnishing, rows: Sequence[int], small: list[int]) -> None:
+    rows, count = [int(row) for row in rows], len(made.collection)
+    if not rows: raise ValueError("rows= is empty: name at least one shape")
+    if wrong := [row for row in rows if not 0 <= row < count]: raise ValueError(f"rows={wrong[:8]} are not rows of {made.collection}; there are 0 to {count - 1}")
+    for row in rows:
+        if row not in small: made.need(row)
+    for row in made.put_on_tops([row for row in rows if row in small], made.tops()): made.need(row)
 
-FLAT_TOPS = ("table", "cabinet", "chest", "bench", "desk", "night stand", "nightstand", "dresser", "shelf", "sideboard", "counter", "box")
-
-def _small_things(collection: Collection, small: list[int], parts: list, rows: list[int], settings: RoomSettings, generator) -> None:
-    "Stand small pieces on the flat tops of those in the room; `parts` and `rows` grow."
-    tops = []
-    for (xyz, _), row in list(zip(parts, rows)):
-        if collection.table["category"].iloc[row] not in FLAT_TOPS: continue
-        level = float(np.percentile(xyz[:, 1], 97))
-        on_top = xyz[np.abs(xyz[:, 1] - level) < 0.02]
-        if len(on_top) * settings.spacing**2 > 0.05 and level < 1.5: tops.append((_footprint(on_top), float(on_top[:, 1].max()), []))
-    for row in _drawn(collection, small, settings.small_things, generator) if tops else []:
-        area, level, taken = tops[generator.integers(len(tops))]
-        xyz, rgb = surface(collection[row], settings.spacing, settings.fewest, generator)
-        xyz = place(xyz, area, level, taken, 0.03, generator)
-        if xyz is not None: parts.append((xyz, rgb)), rows.append(row), taken.append(_footprint(xyz))
+def _furnish_exactly(made: _Furnishing, objects: int, large: list[int], small: list[int]) -> None:
+    if not 1 <= objects <= len(large) + len(small): raise ValueError(f"objects={objects} must be in 1..{len(large) + len(small)}, so many shapes of {made.collection} fit a room")
+    on_top = min(objects // 3, made.settings.small_things)
+    order = iter(_drawn(made.collection, large, len(large), made.generator))
+    for wanted in (objects - on_top, objects):
+        while len(made.rows) < wanted and (row := next(order, None)) is not None: made.put_on_floor(row)
+        if wanted < objects: made.put_on_tops(_drawn(made.collection, small, on_top, made.generator), made.tops())
+    if len(made.rows) < objects:
+        x, z = made.area[1]
+        raise ValueError(f"only {len(made.rows)} of {objects} objects find a place in a room of {x:.1f} x {z:.1f} m: give a larger size=, fewer objects= or another seed=")

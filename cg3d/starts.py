@@ -114,13 +114,13 @@ def fresh_copy(
     "An encoder that knows nothing"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if isinstance(encoder, registry.PointEncoder): return type(encoder)(encoder.config)
+        if isinstance(encoder, registry.PointEncoder): return encoder.fresh()
         return _reset(copy.deepcopy(encoder), type(encoder).__name__)
 
 def _reset(part: nn.Module, where: str) -> nn.Module:
     "Random weights for a module that this package did not build, from the inside out"
     for name, child in part.named_children():
-        setattr(part, name, type(child)(child.config) if isinstance(child, registry.PointEncoder) else _reset(child, f"{where}.{name}"))
+        setattr(part, name, child.fresh() if isinstance(child, registry.PointEncoder) else _reset(child, f"{where}.{name}"))
     if hasattr(part, "reset_parameters"): part.reset_parameters()
     elif own := [key for key, _ in part.named_parameters(recurse=False)]:
         raise TypeError(f"layer {where!r} holds {', '.join(own)} but has no reset_parameters; make the untrained encoder yourself and pass it as a start")

@@ -17,6 +17,7 @@ import cg3d
 from cg3d.config import settings
 from cg3d.encoders.registry import create_encoder
 from cg3d.finetune import Classifier, FineTuneConfig, features, fine_tune, load_classifier
+from cg3d.layouts import write_layout
 from cg3d.probe import cached_features, few_shot, linear_probe
 from cg3d.shapes import Collection, Packed, write_collection
 from cg3d.starts import Start, changed, check_test, examples, fresh_copy, hold_out, nested_subset, open_start
@@ -261,3 +262,25 @@ def test_parameters_cell_is_the_table_of_settings():
     lines = [line for line in "".join(cell["source"]).splitlines() if line.strip() and not line.startswith("#")]
     found = {node.target.id: ast.literal_eval(node.value) for node in ast.parse("\n".join(lines)).body}
     assert found == asdict(FineTuneConfig()) and all("  # " in line for line in lines)
+
+
+@pytest.mark.parametrize("layout", ["cg3d/point_transformer", "cg3d/pointmlp", "ulip/pointmlp", "openshape/vitb32", "uni3d/ti"])
+def test_published_weights_are_a_start_and_have_a_fresh_twin(tmp_path, layout):
+    file = write_layout(tmp_path / "weights.pth", layout, small_towers=True)
+    start = open_start(str(file))
+    before = {name: value.clone() for name, value in start.encoder.state_dict().items()}
+    fresh, again = fresh_copy(start.encoder, 1), fresh_copy(start.encoder, 1)
+    state, twin = fresh.state_dict(), again.state_dict()
+    assert {name: value.shape for name, value in state.items()} == {name: value.shape for name, value in before.items()}
+    assert all(torch.equal(value, twin[name]) for name, value in state.items()) and all(torch.equal(value, start.encoder.state_dict()[name]) for name, value in before.items())
+    matrices = [name for name, value in state.items() if value.ndim > 1 and name.endswith("weight")]
+    assert matrices and not any(torch.equal(state[name], before[name]) for name in matrices)
+    assert fresh.eval()(torch.rand(2, start.points, 6)).shape == (2, start.encoder(torch.rand(1, start.points, 6)).shape[1])
+
+
+def test_a_tuned_published_start_asks_for_its_encoder_again(tmp_path):
+    start = open_start(str(write_layout(tmp_path / "weights.pth", "cg3d/point_transformer", small_towers=True)))
+    tuned = fine_tune(start, examples(toys(3)), replace(CONFIG, points=0), "head")
+    tuned.classifier.save(tmp_path / "tuned")
+    with pytest.raises(ValueError, match="which cg3d cannot build; pass one as encoder="): load_classifier(tmp_path / "tuned")
+    assert torch.equal(load_classifier(tmp_path / "tuned", start.encoder).scores(toys()[0]), tuned.classifier.scores(toys()[0]))

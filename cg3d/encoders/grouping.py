@@ -92,6 +92,8 @@ class PointBERT(PointTransformer):
         self.grouping = grouping
         self.projection = nn.Linear(2 * config.width, config.dim, bias=bias)
 
+    def fresh(self) -> "PointBERT": return PointBERT(self.config, self.grouping, self.projection.bias is not None)
+
     def patches(
         self,
         points: Tensor,  # (B, N, in_channels)
@@ -134,6 +136,7 @@ class RuledPointMLP(PointMLP):
         hidden: tuple[int, int] | None = None,  # widths of ULIP's perceptron; None: CG3D's head
     ):
         super().__init__(config)
+        self.skip_below, self.hidden = skip_below, hidden
         widths = [grouper.affine_alpha.shape[-1] for grouper in self.local_grouper_list]
         self.local_grouper_list = nn.ModuleList(
             RuledGrouper(width, Grouping(anchors, config.neighbours, skip_below=skip_below)) for width, anchors in zip(widths, config.anchors))
@@ -143,6 +146,8 @@ class RuledPointMLP(PointMLP):
                 nn.Linear(self.channels, first), nn.BatchNorm1d(first), nn.ReLU(), nn.Dropout(0.5),
                 nn.Linear(first, second), nn.BatchNorm1d(second), nn.ReLU(), nn.Dropout(0.5))
             self.projection = nn.Linear(second, config.dim, bias=False)
+
+    def fresh(self) -> "RuledPointMLP": return RuledPointMLP(self.config, self.skip_below, self.hidden)
 
     def encode(self, points: Tensor) -> Tensor:
         "(B, N, in_channels) to (B, dim)."

@@ -150,6 +150,8 @@ class PPAT(PointEncoder):
         self.ppat = PointPatchTransformer(config)
         self.proj = nn.Linear(config.width, config.dim) if projected else nn.Identity()
 
+    def fresh(self) -> "PPAT": return PPAT(self.config, isinstance(self.proj, nn.Linear))
+
     def encode(self, points: Tensor) -> Tensor:
         "(B, N, in_channels) to (B, dim)."
         return self.proj(self.ppat(points))

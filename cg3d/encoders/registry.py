@@ -54,6 +54,10 @@ class PointEncoder(nn.Module):
         self.config, self.min_points = config, min_points
         self.dim, self.in_channels = config.dim, config.in_channels
 
+    def fresh(self) -> "PointEncoder":
+        "The same architecture with new random weights."
+        return type(self)(self.config)
+
     def prepare(
         self,
         points: Tensor,  # (B, N, 3 or 6)

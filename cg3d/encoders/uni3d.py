@@ -141,6 +141,8 @@ class Uni3D(PointEncoder):
         self.pos_embed = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, c.width))
         self.visual = PlainViT(c)
 
+    def fresh(self) -> "Uni3D": return Uni3D(self.config, self.grouping.skip_below)
+
     def tokens(
         self,
         points: Tensor,  # (B, N, in_channels)
