@@ -12,7 +12,7 @@ _MODULES = {
     "points", "files", "unpickle", "shapes", "datasets", "readers", "furniture", "render", "triplets", "encoders", "checkpoint", "backbone", "slip",
     "prompts", "contracts", "model", "towers", "nano", "published", "layouts", "losses", "metrics", "bulk", "callbacks", "canvas", "cli", "config",
     "describe", "evaluate", "fetch", "filters", "finetune", "index", "inspector", "jobs", "learner", "plots", "probe", "queries", "retrieval",
-    "rooms", "runjob", "scans", "scene_scores", "scenes", "segments", "share", "shell", "starts", "stills", "study", "vectors", "zeroshot"}
+    "rooms", "runjob", "scans", "scene_scores", "scenes", "segments", "share", "shell", "starts", "stills", "study", "vectors", "widgets", "zeroshot"}
 __all__ = sorted(_HOME)
 
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -353,7 +352,10 @@ def _check_one(kind: Layout, root: Path) -> CheckReport:
         lost = part[~part["found"].astype(bool)]
         if len(lost): problems.append(f"split {split!r}: {len(lost):,} of {len(part):,} listed files are missing, first {lost['file'].iloc[0]}")
         if len(lost) == len(part): continue
-        row = int(part.index[part["found"].astype(bool)][0])
+        there = [int(i) for i in part.index[part["found"].astype(bool)]]
+        row = there[0]
+        bare = [i for i in there if not listing.pictures(i)] if listing.pictures else []
+        if bare: problems.append(f"split {split!r}: {len(bare):,} of {len(there):,} shapes have no pictures, first {table['id'].iat[bare[0]]!r}")
         try:
             record = Source(listing).record(row)
             coloured = "coloured" if record.rgb is not None else "no colour"
@@ -364,6 +366,13 @@ def _check_one(kind: Layout, root: Path) -> CheckReport:
             unreadable += 1
     if listing.labels: notes.insert(0, f"{len(listing.labels)} classes in published order, from {listing.labels[0]!r} to {listing.labels[-1]!r}")
     return CheckReport(root, kind.name, counts, problems + leaks(table), notes, unreadable)
+
+def _or_problem(kind: Layout, root: Path) -> CheckReport:
+    "Check one of several layouts; one that is broken does not hide the others."
+    try: return _check_one(kind, root)
+    except (ValueError, OSError) as error:
+        none = pd.DataFrame({"split": ["?"], "listed": [0], "found": [0], "missing": [0]})
+        return CheckReport(root, kind.name, none, [str(error)], [], 1)
 
 def _as_listing(collection: Collection, root: Path) -> Listing:
     "A packed collection in the form that `check_data` reads."
@@ -382,8 +391,9 @@ def check_data(
     layout: str | None = None, # None: whatever is recognised
 ) -> CheckReport: # .layout, .table (split, listed, found, missing), .problems, .notes, .ok
     "Say what a path holds: which layout, how many shapes a split has, what is missing, which shapes leak between splits."
-    reports = [_check_one(kind, root) for kind, root in find_layouts(path, layout)]
-    if len(reports) == 1: return replace(reports[0], path=Path(path))
+    found = find_layouts(path, layout)
+    if len(found) == 1: return replace(_check_one(*found[0]), path=Path(path))
+    reports = [_or_problem(kind, root) for kind, root in found]
     table = pd.concat([report.table.assign(layout=report.layout) for report in reports], ignore_index=True)
     prefixed = lambda part: [f"{report.layout}: {line}" for report in reports for line in getattr(report, part)]
     return CheckReport(Path(path), " + ".join(report.layout for report in reports), table, prefixed("problems"), prefixed("notes"), sum(report.unreadable for report in reports))

@@ -223,7 +223,7 @@ class SegmentSettings:
     reach: tuple[float, ...] = (1.5, 2.5)  # gaps that are bridged, in voxels: one set of clusters for each
     colour_step: float = 0.1  # neighbours that differ more do not belong together, in the cuts by colour
     least: int = 20  # fewest points of a segment
-    largest: float = 5.0  # longest side of a segment, metres
+    largest: float = 3.0  # longest side of a segment, metres
     most: int = 160  # segments kept
     seed: int = 0
 

@@ -1,7 +1,6 @@
 """Published data sets in small: the exact folders, names, keys and types, a handful of shapes each."""
 import json
 import pickle
-from pathlib import Path
 
 import numpy as np
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import trimesh
 
 import cg3d
 from cg3d.rooms import RoomSettings, compose_room, look
 from cg3d.scans import Scene, read_scene, scene_picture
 from cg3d.scene_scores import SceneQueryConfig, by_description, by_function, by_name, evaluate_scenes, truth
-from cg3d.scenes import propose, query_scene
+from cg3d.scenes import ask_scene, contrast_vectors, propose, query_scene
 from cg3d.segments import overlaps
 from cg3d.shapes import furniture
 
@@ -77,6 +78,40 @@ def test_a_query_in_another_script_warns_and_is_answered(rooms, model):
     assert len(answer.table) == len(propose(rooms[0], "instances"))
 
 
+def test_several_queries_are_one_table(rooms, model):
+    with pytest.warns(UserWarning, match="cyrillic"): table = ask_scene(rooms[0], ["a chair", "стол"], model, top=2, how="instances", progress=False)
+    assert table["query"].tolist() == ["a chair", "a chair", "стол", "стол"] and table["rank"].tolist() == [1, 2, 1, 2]
+    alone = query_scene(rooms[0], "a chair", model, "instances", progress=False)
+    assert table["proposal"].tolist()[:2] == alone.table["proposal"].tolist()[:2] and table["points"][0] == alone.mask(1.0).sum()
+    with pytest.raises(ValueError, match="query 1 is empty"): ask_scene(rooms[0], ["a chair", ""], model)
+    with pytest.raises(ValueError, match="the list is empty"): ask_scene(rooms[0], [], model)
+    with pytest.raises(ValueError, match="top=0"): ask_scene(rooms[0], "a chair", model, top=0)
+
+
+def test_a_changed_model_asks_anew(rooms):
+    model = cg3d.load("nano")
+    before = contrast_vectors(model, ["wall"])
+    first = query_scene(rooms[0], "a chair", model, "instances", progress=False).table
+    assert contrast_vectors(model, ["wall"]) is before
+    with torch.no_grad():
+        for weight in model.encoder.parameters(): weight.mul_(0.9)
+    assert contrast_vectors(model, ["wall"]) is not before
+    again = query_scene(rooms[0], "a chair", model, "instances", progress=False).table
+    assert not np.allclose(again.sort_values("proposal")["score"], first.sort_values("proposal")["score"])
+
+
+def test_the_whole_scan_is_the_last_answer(model):
+    "A table-top scan: the things, not all of it at once."
+    rng = np.random.default_rng(0)
+    top = np.concatenate([rng.random((4000, 1)) * 1.2, np.zeros((4000, 1)), rng.random((4000, 1)) * 0.8], 1)
+    mug = furniture().table.query("category in ('mug', 'cup', 'drinking glass')").index[0]
+    thing = furniture()[mug].points
+    thing = 0.06 * (thing - [0, thing[:, 1].min(), 0]) + [0.6, 0.004, 0.4]
+    scene = Scene(np.concatenate([top, thing]), up="y", unit="m")
+    answer = query_scene(scene, "a mug", model, progress=False)
+    assert (answer.rows() >= 4000).mean() > 0.9, answer.table
+
+
 def test_millimetres_z_up_and_broken_points_are_reported(rooms, tmp_path):
     room = rooms[0]
     points = 1000 * room.upright[:, [2, 0, 1]]
@@ -99,6 +134,13 @@ def test_a_scene_with_one_object_and_no_floor(model):
     assert len(answer.rows()) > 0.8 * len(alone) and answer.heat.max() > 0
     dots = Scene(10 * np.random.default_rng(0).random((50, 3)), up="y", unit="m") # nothing holds together
     assert len(query_scene(dots, "a chair", model, progress=False).table) >= 1
+
+
+def test_a_room_without_floor_and_walls(rooms, model):
+    room = rooms[0].subset(rooms[0].instance >= 0)
+    best = overlaps(propose(room, "geometry").rows, list(truth(room).values()), len(room)).max(0)
+    assert (best >= 0.5).mean() > 0.7, best
+    assert len(query_scene(room, "a chair", model, "geometry", progress=False).rows()) < 0.5 * len(room)
 
 
 @pytest.mark.parametrize("points,error,words", [(np.full((20, 3), np.nan), ValueError, "0 usable points|usable points"), (np.ones((20, 3)), ValueError, "all 20 points are equal"), (np.zeros((4, 3)), ValueError, "at least 10"), (np.zeros((20, 2)), ValueError, r"\(N, 3\)")])

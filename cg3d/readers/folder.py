@@ -8,7 +8,6 @@ __all__ = ['SUFFIXES', 'FILE_COLUMNS', 'PER_MESH', 'shape_files', 'folder', 'pac
 # %% ../../nbs/11_folder.ipynb #c02
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from ..datasets import Listing, Record, named, register_layout

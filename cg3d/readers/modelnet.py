@@ -78,7 +78,7 @@ def modelnet10(root: Path, names: str, up: str | None) -> Listing:
     return _list_text(root, names, up, "10")
 
 # %% ../../nbs/11_modelnet.ipynb #c10
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8) # ModelNet40 has seven files
 def _h5_arrays(file: Path, stamp: tuple) -> tuple[np.ndarray, np.ndarray]: # data (n, N, 3), label (n,)
     try: import h5py
     except ImportError as error: raise ImportError(f"{file}: reading HDF5 needs h5py: pip install 'cg3d[data]'") from error

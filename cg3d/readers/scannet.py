@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 
 from ..datasets import Listing, Record, named, register_layout
-from ..files import read_points
 
 # %% ../../nbs/11_scannet.ipynb #c05
 def _json(file: Path, key: str):

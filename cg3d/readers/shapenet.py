@@ -117,6 +117,7 @@ def cg3d(root: Path, names: str, up: str | None) -> Listing:
         if shared: problems.append(f"leak: {shared:,} of the {len(ids):,} shapes of ShapeNet55/{name}.txt stand in {against}_img.txt")
     inside = _pictures(render / "img")
     pictures = (lambda row: list(inside(f"{table['synset'].iat[row]}/{table['model'].iat[row]}"))) if (render / "img").is_dir() else None
+    if pictures is None: problems.append(f"no pictures: {render / 'img'} is not there; views would be rendered from the points")
     return Listing(table, lambda row: read_cloud(Path(table["file"].iat[row])), labels, up or "y", pictures, problems, notes)
 
 # %% ../../nbs/11_shapenet.ipynb #c14
@@ -135,5 +136,6 @@ def ulip(root: Path, names: str, up: str | None) -> Listing:
     table, problems = with_labels(table, labels, "taxonomy.json")
     inside = _pictures(root / "rendered_images", "*_r_[0-9][0-9][0-9].png")
     pictures = (lambda row: list(inside(table["id"].iat[row]))) if (root / "rendered_images").is_dir() else None
+    if pictures is None: problems.append(f"no pictures: {root / 'rendered_images'} is not there; views would be rendered from the points")
     notes = [] if (root / "taxonomy.json").is_file() else ["no taxonomy.json: class names come from cg3d's own table of the 55 synsets"]
     return Listing(table, lambda row: read_cloud(Path(table["file"].iat[row])), labels, up or "y", pictures, problems, notes)
