@@ -364,7 +364,7 @@ def _check_one(kind: Layout, root: Path) -> CheckReport:
         except (ValueError, OSError) as error:
             problems.append(f"split {split!r}: {error}")
             unreadable += 1
-    if listing.labels: notes.insert(0, f"{len(listing.labels)} classes in published order, from {listing.labels[0]!r} to {listing.labels[-1]!r}")
+    if listing.labels: notes.insert(0, f"{len(listing.labels)} classes{' in published order' * (kind.name != 'folder')}, from {listing.labels[0]!r} to {listing.labels[-1]!r}")
     return CheckReport(root, kind.name, counts, problems + leaks(table), notes, unreadable)
 
 def _or_problem(kind: Layout, root: Path) -> CheckReport:
