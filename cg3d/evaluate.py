@@ -7,6 +7,7 @@ __all__ = ['Protocol', 'Answers', 'label_list', 'ask', 'judge', 'judged_table', 
            'unseen_names', 'unit_texts', 'unit_views', 'agreement', 'evaluate_towers', 'evaluate_points']
 
 # %% ../nbs/63_evaluate.ipynb #ee90649a
+from ast import literal_eval
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,14 +52,16 @@ class Answers:
     target: Tensor # (N,) the true ones
     rows: pd.DataFrame # the shapes' rows of the set's table, N of them
     scores: dict[str, Tensor] # way of answering -> (N, C)
-    asked: dict[str, str] # the protocol, in words
+    asked: dict[str, str | int] # how the 3D encoder was asked, in words
+    rendered: dict[str, str | int] # what was otherwise for the image tower
 
     @property
     def table(self) -> pd.DataFrame:
         "One row a way of answering: accuracies in percent, beside how they were asked"
         found = results(self.scores, self.target)
         for column, value in reversed({"model": self.model, "data": self.data, "split": self.split}.items()): found.insert(0, column, value)
-        return found.assign(**self.asked)
+        blind = dict.fromkeys(self.asked, "-") | {"views": 0}
+        return found.join(pd.DataFrame([{SHAPE: self.asked, MAJORITY: blind}.get(method, self.asked | self.rendered) for method in found["method"]]))
 
     @property
     def per_class(self) -> pd.DataFrame:
@@ -108,14 +111,16 @@ def ask(
     change = (lambda points, start: seen_from_one_side(points, protocol.seed + start)) if protocol.one_sided else None
     sentences = templates_of(protocol.templates)
     scores = method_scores(model, rows, target, labels, sentences, protocol.normalise_text, protocol.views, change=change)
-    some = rows.points(range(min(len(rows), 256)))
+    some = rows.points(range(min(len(rows), 1024)))
     contract = getattr(model, "contract", None) # of a published model; cg3d's own see y up
-    channels = contract.channels if contract else model.config.in_channels
+    there, wanted, channels = some.shape[1], *((contract.points, contract.channels) if contract else (model.config.points, model.config.in_channels))
     coloured = (some[..., 3:] != MISSING_COLOUR).flatten(1).any(1).double().mean().item() if some.shape[-1] == 6 else 0.0
+    colour = f"{100 * coloured:.0f} % of {'shapes' if len(some) == len(rows) else f'the first {len(some)} shapes'}"
     asked = {"templates": f"{protocol.templates} ({len(sentences)})", "text": "normalised" if protocol.normalise_text else "as it is",
-             "points": f"{contract.points if contract else model.config.points} of {some.shape[1]}", "up": "z" if contract and contract.swap_yz else "y",
-             "colour": "unused" if channels == 3 else f"{100 * coloured:.0f} % of shapes", "seen": "one side" if protocol.one_sided else "whole", "views": protocol.views}
-    return Answers(names[0], names[1], split, list(labels), target, rows.table.reset_index(drop=True), scores, asked)
+             "points": f"{wanted} of {there}{', repeated' if wanted > there else ''}", "up": "z" if contract and contract.swap_yz else "y",
+             "colour": "unused" if channels == 3 else colour, "seen": f"one side (seed {protocol.seed})" if protocol.one_sided else "whole", "views": 0}
+    rendered = {"points": f"{there} of {there}", "up": "y", "colour": colour, "seen": "whole", "views": protocol.views}
+    return Answers(names[0], names[1], split, list(labels), target, rows.table.reset_index(drop=True), scores, asked, rendered)
 
 # %% ../nbs/63_evaluate.ipynb #32a7de10
 def judge(
@@ -130,7 +135,7 @@ def judge(
 ) -> list[Answers]:
     "Ask every model about every set in every way; or choose one of them on another split, and judge that"
     if not models or not sets or not protocols: raise ValueError("give at least one model, one set and one protocol")
-    if choose_on and choose_on in (split, "test", "all") or choose_on and split == "all":
+    if choose_on and (choose_on in (split, "all") or split == "all" or choose_on.lower().startswith("test")):
         raise ValueError(f"choose_on={choose_on!r} would choose a checkpoint or sentences on rows that are judged (split={split!r}) or kept for judging; choose on 'val' or 'train'")
     answers = []
     for data, collection in sets.items():
@@ -144,22 +149,33 @@ def judge(
 def judged_table(
     answers: Sequence[Answers],
 ) -> pd.DataFrame:
-    "All rows as one table; the blind answer, which is no model's, once a set"
+    "All rows as one table; the blind answer, which is no model's and needs no points or sentences, once a set"
+    if not answers: raise ValueError("there are no answers to make a table of")
     table = pd.concat([one.table for one in answers], ignore_index=True)
     blind = table["method"] == MAJORITY
-    table.loc[blind, ["model", "templates", "text", "points", "up", "colour", "seen"]] = ""
+    table.loc[blind, "model"] = "-"
     return table[~(blind & table.duplicated(["data", "split", "method"]))].reset_index(drop=True)
 
 def open_model(
-    checkpoint: str, # "nano", the name of a run, a folder written by `save`, or published weights: a file or a hub id
+    checkpoint: str, # "nano", the name of a run, a folder written by `save`, or published weights: a file or a hub id; those may carry settings of `load_published`, as in "pt.pt?points=8192&clip=slip_base_100ep.pt"
     device: str | torch.device = "cpu",
 ) -> CG3D:
     "The model that a name stands for"
-    run = run_folder(checkpoint)
-    if (run / "config.json").is_file(): return load(run, device=device)
-    if checkpoint in PUBLISHED or not (Path(checkpoint).is_file() or "/" in checkpoint): return load(checkpoint, device=device)
+    name, _, options = checkpoint.partition("?")
+    run = run_folder(name)
+    if not options and (name in PUBLISHED or run.is_dir() and not (run / "model.pt").is_file() or not Path(name).is_file() and "/" not in name):
+        return load(name if name in PUBLISHED else run, device=device)
     from cg3d.published import load_published
-    return load_published(checkpoint).to(device)
+    return load_published(name, **_options(options, checkpoint)).to(device)
+
+def _options(text: str, whole: str) -> dict: # text: "points=8192&clip=FILE"
+    found = {}
+    for key, equal, value in (part.partition("=") for part in text.split("&") if part):
+        if not key or not value: raise ValueError(f"{whole!r}: settings behind the question mark are written name=value, with & between them")
+        try: found[key] = literal_eval(value)
+        except (ValueError, SyntaxError): found[key] = value # a word, a path
+        if key in ("points", "groups", "neighbours", "radius", "skip_below") and type(found[key]) not in (int, float): raise ValueError(f"{whole!r}: {key}={value} is no number")
+    return found
 
 # %% ../nbs/63_evaluate.ipynb #0489c4f5
 def nouns_of(

@@ -53,21 +53,23 @@ WAYS = ("auto", "instances", "geometry")
 
 def propose(
     scene: Scene,
-    how: str = "auto",  # instances (given), geometry (planes and clusters), auto: instances where there are any
+    how: str = "auto",  # instances (given), geometry (planes and clusters), auto: instances where there are any of at least 10 points
     settings: SegmentSettings = SegmentSettings(),
 ) -> Proposals:
     "Candidates for an answer; computed once a scene."
     if how not in WAYS: raise ValueError(f"how={how!r} is not one of {', '.join(WAYS)}")
-    if how == "auto": how = "instances" if scene.instances() else "geometry"
+    if how == "auto": how = "instances" if _usable(scene) else "geometry"
     key = ("proposals", how, settings)
     if key not in scene._cache: scene._cache[key] = Proposals(scene, *(_given(scene) if how == "instances" else _found(scene, settings)), key)
     return scene._cache[key]
 
+def _usable(scene: Scene) -> list[np.ndarray]: # points of each instance that has enough of them, not all in one place
+    rows = [np.flatnonzero(scene.instance == i) for i in scene.instances()]
+    return [r for r in rows if len(r) >= LEAST and np.ptp(scene.points[r], axis=0).any()]
+
 def _given(scene: Scene) -> tuple[list[np.ndarray], list[str]]:
     if not scene.instances(): raise ValueError(f"{scene} has no instances; use how='geometry'")
-    rows = [np.flatnonzero(scene.instance == i) for i in scene.instances()]
-    rows = [r for r in rows if len(r) >= LEAST and np.ptp(scene.points[r], axis=0).any()]
-    if not rows: raise ValueError(f"{scene}: no instance has at least {LEAST} points; use how='geometry'")
+    if not (rows := _usable(scene)): raise ValueError(f"{scene}: no instance has at least {LEAST} points; use how='geometry'")
     return rows, ["instance"] * len(rows)
 
 def _found(scene: Scene, settings: SegmentSettings) -> tuple[list[np.ndarray], list[str]]:

@@ -72,7 +72,7 @@ def exact_top(
 
 # %% ../nbs/57_vectors.ipynb #v15
 KINDS = ("exact", "flat", "hnsw", "ivfpq")
-HNSW_FROM, IVFPQ_FROM = 200_000, 500_000 # rows from which `auto` takes them
+HNSW_FROM, IVFPQ_FROM = 100_000, 500_000 # rows from which `auto` takes them
 IVFPQ_LEAST = 1_000 # rows that ivfpq is trained on at least
 
 def import_faiss():

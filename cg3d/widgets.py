@@ -80,7 +80,7 @@ def answers_html(title: str, table: pd.DataFrame, pictures: dict[int, str]) -> s
         return f'<tr><td>{picture}</td><td style="padding:0 8px;max-width:170px">{words_in(name)}</td><td>{cosine:.3f}</td></tr>'
     return f'<b>{words_in(title)}</b><table>{"".join(line(*r) for r in table[["row", "name", "cosine"]].itertuples(index=False))}</table>'
 
-# %% ../nbs/72_widgets.ipynb #c009
+# %% ../nbs/72_widgets.ipynb #c008
 KINDS = {"shape": "circle", "image": "square", "text": "diamond"} # of the map, and their marks
 
 def placing(
@@ -183,7 +183,7 @@ class Explorer(Panel):
         self.lists.value = '<div class="cg3d-lists" style="display:flex;gap:24px">' + "".join(f"<div>{part}</div>" for part in parts) + "</div>"
         self.say(f"{what}: shown is {self.shapes[self.selected].name}; nearest of each kind: " + ", ".join(f"{kind} {part['name'].iloc[0]}" for kind, part in self.nearest.groupby("kind", sort=False)))
 
-# %% ../nbs/72_widgets.ipynb #c014
+# %% ../nbs/72_widgets.ipynb #c013
 SUFFIXES = MESH_SUFFIXES + CLOUD_SUFFIXES
 LABELS = ("chair", "table", "sofa", "bed", "lamp", "car", "tree", "bottle")
 
@@ -250,7 +250,7 @@ class ClassifyMyShape(Panel):
             self.say(f"{self.shape.name}: {best['label']}, {100 * best['probability']:.0f} % of {len(labels)} labels" + (f" ({blank} blank left out)" if blank else ""))
         return self.answers
 
-# %% ../nbs/72_widgets.ipynb #c019
+# %% ../nbs/72_widgets.ipynb #c018
 def heat_colours(
     heat: Tensor, # (N,)
 ) -> Tensor: # (N, 3), in [0, 1]: viridis from the lowest to the highest
@@ -266,7 +266,7 @@ class AskTheRoom(Panel):
         scene: Scene,
         model: CG3D | None = None, # None: the one that comes with cg3d
         how: str = "auto", # what may be the answer: instances, geometry, auto
-        limit: int = 3000, # points drawn at most
+        limit: int = 2500, # points drawn at most
     ):
         import ipywidgets as w
         super().__init__()
@@ -300,7 +300,7 @@ class AskTheRoom(Panel):
             self.say(f"“{question}”: the best of {len(self.answer.table)} parts is {best.width:.1f} x {best.height:.1f} x {best.depth:.1f} m around x {best.x:.1f}, y {best.y:.1f}, z {best.z:.1f}; probability beside the background {best.probability:.2f}")
         return self.answer
 
-# %% ../nbs/72_widgets.ipynb #c023
+# %% ../nbs/72_widgets.ipynb #c022
 class RunMonitor(Panel):
     "The curves of a run while it runs"
 
@@ -336,10 +336,10 @@ class RunMonitor(Panel):
             if len(rows) < 2: raise ValueError(f"{self.path} has no finished epoch yet")
             table = pd.DataFrame([row for row in rows[1:] if len(row) == len(rows[0])], columns=rows[0]).apply(pd.to_numeric, errors="coerce")
             self.picture.value = still(curves(table, self.columns), colours=32)
-            self.table, self._seen = table, stamp
             end = table.iloc[-1]
             self.last.value = table.tail(3).to_html(index=False, float_format=lambda v: f"{v:.4g}", na_rep="")
             self.say(f"{self.path}: epoch {end.get('epoch', len(table)):g}, loss {end.get('loss', float('nan')):.4g}" + (f", {end['seconds']:.0f} s an epoch" if "seconds" in table else ""))
+            self.table, self._seen = table, stamp
         return self.table
 
     def follow(self) -> None:

@@ -2,6 +2,8 @@
 import json
 import os
 import pickle
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -131,14 +133,68 @@ def test_folder_without_a_table(tmp_path):
     assert data.table["id"].tolist() == ["a-box", "cloud", "sub/ball"] and any("no .csv" in problem for problem in check_data(tmp_path / "mine").problems)
 
 
-@pytest.mark.parametrize("layout,writer,victim", [("ulip", mini.ulip, "shapenet_pc/02691156-1a2b.npy"), ("modelnet40", mini.modelnet_text, "airplane/airplane_0001.txt"), ("folder", mini.folder, "a-box.stl")])
-def test_missing_files_are_named(tmp_path, layout, writer, victim):
-    root = writer(tmp_path)
+@pytest.mark.parametrize("layout,writer,victim,count", [
+    ("cg3d", mini.cg3d, "ShapeNet55/shapenet_pc/03001627-1a2b.npy", 2), ("ulip", mini.ulip, "shapenet_pc/02691156-1a2b.npy", 1),
+    ("modelnet40", mini.modelnet_text, "airplane/airplane_0001.txt", 1), ("modelnet40_h5", mini.modelnet_h5, "ply_data_test0.h5", 1),
+    ("scanobjectnn_obj_only", mini.scanobjectnn, "main_split_nobg/test_objectdataset.h5", 1), ("openshape", mini.objaverse, "Objaverse/000-001/aa11.npy", 2),
+    ("objaverse_lvis", mini.uni3d_lvis, "objaverse/000-001/aa11.npy", 1), ("folder", mini.folder, "a-box.stl", 1)])
+def test_missing_files_are_named(tmp_path, layout, writer, victim, count):
+    root, name = writer(tmp_path), victim.rpartition("/")[2]
     (root / victim).unlink()
-    with pytest.raises(FileNotFoundError, match=victim.rpartition("/")[2]): read_dataset(root, layout=layout)
+    with pytest.raises(FileNotFoundError, match=name): read_dataset(root, layout=layout)
     whole = len(read_dataset(root, layout=layout, missing="skip"))
     report = check_data(root, layout=layout)
-    assert not report.ok and report.table["missing"].sum() == 1 and whole == report.table["found"].sum() and victim.rpartition("/")[2] in str(report)
+    assert not report.ok and report.table["missing"].sum() == count and whole == report.table["found"].sum() and name in str(report)
+
+
+def test_lost_pictures_are_named(tmp_path):
+    root = mini.cg3d(tmp_path)
+    shutil.rmtree(root / "shapenet_render/img/03001627/3c-4d-5e")
+    assert any("1 of 8 shapes have no pictures, first '03001627-3c-4d-5e'" in problem for problem in check_data(root).problems)
+    data = read_dataset(root, split="train")
+    with pytest.raises(FileNotFoundError, match="03001627-3c-4d-5e"): data.pictures(data.table["id"].tolist().index("03001627-3c-4d-5e"))
+    shutil.rmtree(root / "shapenet_render/img")
+    assert any("no pictures" in problem for problem in check_data(root).problems) and not read_dataset(root).has_pictures
+
+
+def test_a_broken_variant_does_not_hide_the_others(tmp_path):
+    root = mini.scanobjectnn(tmp_path)
+    (root / "main_split_nobg/test_objectdataset.h5").write_bytes(b"not hdf5")
+    report = check_data(root)
+    assert not report.ok and report.table["found"].sum() == 20 and any("main_split_nobg/test_objectdataset.h5: not a sound HDF5 file" in problem for problem in report.problems)
+
+
+def test_ids_that_look_like_numbers(tmp_path):
+    root = mini.folder(tmp_path / "mine")
+    (root / "a-box.stl").rename(root / "007.stl"), (root / "cloud.npy").rename(root / "0010.npy")
+    (root / "names.csv").write_text("id,name\n007,box\n0010,cigar\n")
+    data = read_dataset(root)
+    assert data.table["id"].tolist() == ["007", "0010"] and data[0].id == "007"
+
+
+def test_hdf5_names_beside_the_parts(tmp_path):
+    root = mini.modelnet_h5(tmp_path)
+    (root / "ply_data_train_0_id2file.json").write_text(json.dumps(["airplane/airplane_0001.ply", "night_stand/night_stand_0001.ply"]))
+    assert read_dataset(root, split="train").table["id"].tolist() == ["airplane_0001", "night_stand_0001", "ply_data_train1-00000"]
+    assert read_dataset(root / "ply_data_test1.h5").table[["split", "category"]].values.tolist() == [["test", "tv stand"]]
+
+
+@pytest.mark.parametrize("writer,file,content,words", [
+    (mini.ulip, "train.txt", "02691156_x.npy\n", "train.txt: '02691156_x.npy' is not <synset>-<model>.npy"),
+    (mini.ulip, "train.txt", "99999999-x.npy\n", "train.txt: synset '99999999'"),
+    (mini.ulip, "taxonomy.json", "{", "taxonomy.json: not a list"),
+    (mini.cg3d, "ShapeNet55/shapenet_pc/02691156-1a2b.npy", "short", "02691156-1a2b.npy"),
+    (mini.uni3d_lvis, "lvis_testset.txt", "a,b,c\n", "lvis_testset.txt: 'a,b,c' is not cate_id,cate_name,model_id,relpath"),
+    (mini.uni3d_lvis, "objaverse/000-001/aa11.npy", "", "aa11.npy: the file is empty"),
+    (mini.scannet, "scans/scene0000_00/scene0000_00_vh_clean_2.0.010000.segs.json", '{"segIndices": [1]}', "1 segIndices for 24 vertices"),
+    (mini.scannet, "scans/scene0000_00/scene0000_00.aggregation.json", '{"groups": []}', "no key 'segGroups'; it has groups"),
+    (mini.folder, "a-box.stl", "this is text", "a-box.stl"),
+    (mini.folder, "names.csv", "length,width\n1,2\n", "names.csv: no column file, path, filename, id or name")])
+def test_broken_files_are_named(tmp_path, writer, file, content, words):
+    root = writer(tmp_path / "set")
+    next(path for path in (root / file, tmp_path / "set" / file) if path.exists()).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        read_dataset(root).points()
 
 
 def test_other_keys_in_hdf5(tmp_path):
@@ -147,6 +203,8 @@ def test_other_keys_in_hdf5(tmp_path):
     file = root / "main_split/test_objectdataset.h5"
     with h5py.File(file, "w") as opened: opened["cloud"] = np.zeros((2, 8, 3))
     with pytest.raises(ValueError, match="no key 'data'; it has cloud"): read_dataset(root, layout="scanobjectnn_obj_bg")
+    answer = CliRunner().invoke(app, ["check-data", str(root), "--layout", "scanobjectnn_obj_bg"])
+    assert answer.exit_code == 2 and "no key 'data'; it has cloud" in answer.output
     file.write_bytes(b"not hdf5")
     with pytest.raises(ValueError, match="test_objectdataset.h5: not a sound HDF5 file"): read_dataset(root, layout="scanobjectnn_obj_bg")
 

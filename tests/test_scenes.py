@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import miniatures
 import pytest
 import torch
 import trimesh
@@ -125,6 +126,23 @@ def test_millimetres_z_up_and_broken_points_are_reported(rooms, tmp_path):
     assert np.isclose(np.ptp(scene.upright[:, 1]), np.ptp(room.upright[:, 1]), atol=0.05)
     whole = read_scene(tmp_path / "scan.ply", up="y", unit="m") # said beats guessed
     assert np.ptp(whole.points, axis=0).max() > 1000
+
+
+def test_a_scannet_folder_is_asked(model, tmp_path):
+    "The layout's files, with more vertices than the miniature of the readers' tests."
+    small, root = (miniatures.scannet(tmp_path / name) / "scans/scene0000_00" for name in ("small", "large"))
+    with pytest.raises(ValueError, match="no instance has at least 10 points"): propose(read_scene(small), "instances")
+    assert propose(read_scene(small)).kind[0] != "instance", "too small to be asked: geometry instead"
+    boxes = [((4, 3, 0.1), (0, 0, 0)), ((0.5, 0.5, 2), (1, 0.5, 1.1)), ((1, 0.4, 0.4), (-1, 0, 0.3))]
+    parts = [trimesh.creation.box(size).subdivide().subdivide().subdivide().apply_translation(at) for size, at in boxes]
+    for part in parts: part.visual.vertex_colors = [90, 90, 200, 255]
+    trimesh.util.concatenate(parts).export(root / "scene0000_00_vh_clean_2.ply")
+    segments = [number for number, part in zip((1, 4, 7), parts) for _ in part.vertices]
+    (root / "scene0000_00_vh_clean_2.0.010000.segs.json").write_text(json.dumps({"sceneId": "scene0000_00", "segIndices": segments}))
+    scene = read_scene(root)
+    assert scene.up == "z" and sorted(scene.names.values()) == ["bench", "cabinet"] and [len(rows) for rows in truth(scene).values()] == [len(part.vertices) for part in parts[1:]]
+    table = evaluate_scenes([scene], model, how=["instances"], progress=False)
+    assert set(table["method"]) == {"cg3d", "largest object", "chance"} and (table["queries"] == 2).all()
 
 
 def test_a_scene_with_one_object_and_no_floor(model):

@@ -107,6 +107,7 @@ def _h5_listing(parts: list[tuple[str, Path]], root: Path, classes: list[str], n
 
 # %% ../../nbs/11_modelnet.ipynb #c11
 def _find_h5(path: Path) -> Path | None:
+    if path.is_file(): return path if path.suffix == ".h5" and path.stem.startswith(("ply_data_train", "ply_data_test")) else None
     for root in (path, path / "modelnet40_ply_hdf5_2048"):
         if any((root / f"{split}_files.txt").is_file() for split in ("train", "test")): return root
     return None
@@ -122,8 +123,10 @@ def _id_list(file: Path, count: int) -> list[str] | None:
 @register_layout("modelnet40_h5", "ModelNet40 as HDF5: modelnet40_ply_hdf5_2048/{train,test}_files.txt, ply_data_*.h5, shape_names.txt", _find_h5)
 def modelnet40_h5(root: Path, names: str, up: str | None) -> Listing:
     "12,311 shapes of 2,048 points."
-    classes, parts = class_list(root / "shape_names.txt", MODELNET40), []
-    for split in ("train", "test"):
+    parts = [("test" if "test" in root.stem else "train", root)] if root.is_file() else []
+    root = root.parent if parts else root
+    classes = class_list(root / "shape_names.txt", MODELNET40)
+    for split in () if parts else ("train", "test"):
         source = root / f"{split}_files.txt"
         parts += [(split, root / Path(line.strip()).name) for line in (source.read_text().splitlines() if source.is_file() else []) if line.strip()]
     found = {file: _id_list(file, len(h5_arrays(file)[1])) for _, file in parts if file.is_file()}

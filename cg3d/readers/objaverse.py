@@ -128,7 +128,7 @@ def list_objects(root: Path, lists: list[Path], roots: list[Path], names: str, u
             rows.append(row | dict(split="lvis" if file.name == "lvis_testset.txt" else file.stem, file=str(where), found=found))
     if not rows: raise ValueError(f"{root}: its lists ({', '.join(file.name for file in lists)}) are empty")
     table = pd.DataFrame(rows).fillna({"category": "", "group": "", "dataset": ""} if "group" in rows[0] else {"category": ""})
-    order = class_order(table, str(root))
+    order = class_order(table, ", ".join(map(str, lists)))
     labels = [named(word, names) for word in order]
     if len(set(labels)) != len(labels): raise ValueError(f"{root}: two classes have the same name once cleaned; use names='verbatim'")
     table["label"] = table["category"].map({word: i for i, word in enumerate(order)}).fillna(-1).astype(int)
