@@ -11,7 +11,7 @@ __all__ = ['NAMES', 'LAYOUTS', 'READERS', 'Record', 'Listing', 'Source', 'Clouds
 import hashlib
 import importlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -210,12 +210,6 @@ class Published(Collection):
     def clouds(self) -> Clouds:
         "All clouds, read in parts."
         return Clouds(self)
-
-    def batches(self, size: int = 64, n: int | None = None) -> Iterator[tuple[range, Tensor]]: # rows, (R, n, 6)
-        "Pass once over a set that does not fit into memory."
-        for first in range(0, len(self), size):
-            rows = range(first, min(first + size, len(self)))
-            yield rows, self.points(list(rows), n)
 
 # %% ../nbs/10_datasets.ipynb #c14
 NAMES = ("cleaned", "verbatim")

@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ from .metrics import mean_class_accuracy, top_k
 from .model import CG3D, as_points, resample
 from .points import Augment
 from .shapes import Shape
-from .starts import CLASSIFIER_FILE, Examples, Start, as_start, check_fraction, check_test, examples, hold_out, nested_subset, open_start
+from .starts import CLASSIFIER_FILE, Examples, Start, as_start, check_fraction, check_test, hold_out
 
 # %% ../nbs/66_finetune.ipynb #c05
 @dataclass(frozen=True)

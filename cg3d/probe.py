@@ -123,7 +123,7 @@ def few_shot(
     seeds: int = 10, # draws
     column: str = "category",
     allow_fewer: bool = False, # a label with fewer examples gives all that it has; False: it is an error
-    C: float = 10.0, # inverse penalty
+    C: float = 100.0, # inverse penalty
     points: int = 0, # points a cloud, 0: what the encoder was trained with
     cache: str | Path | None = None, # folder of the features
     device: str | torch.device = "cpu",
@@ -142,8 +142,10 @@ def few_shot(
         order = [own[torch.randperm(len(own), generator=generator)] for i in range(len(names)) for own in [(answers == i).nonzero().flatten()]]
         for count in shots: # the 2 shots hold the 1
             drawn = torch.cat([own[:count] for own in order])
-            fitted = LogisticRegression(C=C, max_iter=1000).fit(x[drawn].numpy(), answers[drawn].numpy())
-            rows.append({"shots": count, "seed": seed} | accuracies(_scores(fitted, z, len(names)), truth))
+            middle = x[drawn].mean(0)
+            spread = (x[drawn] - middle).square().sum(-1).mean().sqrt().clamp(min=1e-12)
+            fitted = LogisticRegression(C=C, max_iter=1000).fit(((x[drawn] - middle) / spread).numpy(), answers[drawn].numpy())
+            rows.append({"shots": count, "seed": seed} | accuracies(_scores(fitted, (z - middle) / spread, len(names)), truth))
     table = pd.DataFrame(rows).groupby("shots").agg(seeds=("seed", "count"), accuracy=("accuracy", "mean"), deviation=("accuracy", "std"), mean_class=("mean_class", "mean"), mean_class_deviation=("mean_class", "std"))
     table = table.reset_index()
     return table.assign(classes=len(names), short=[int((owned < count).sum()) for count in table["shots"]], test=len(z)).round(2)

@@ -15,6 +15,7 @@ from cg3d.cli import app
 from cg3d.datasets import check_data, list_layouts, read_dataset
 from cg3d.points import MISSING_COLOUR, check_points, normalize
 from cg3d.readers.modelnet import MODELNET10, MODELNET40, SCANOBJECTNN
+from cg3d.readers.objaverse import read_neighbours
 from cg3d.readers.shapenet import CG3D_CLASSES
 from cg3d.unpickle import load_pickle
 
@@ -126,6 +127,8 @@ def test_sidecar_filters_names_and_features_survive(tmp_path):
     data = read_dataset(mini.objaverse(tmp_path), layout="openshape", split="train_all")
     assert data[0].name == "" and data[1].name == "raw bb22" and data[0].caption == "blip aa11"
     assert data.features(0)["image_feat"].shape == (12, 1280)
+    np.save(tmp_path / "point_feat_knn.npy", np.array({"name": ["aa11", "bb22", "cc33"], "index": {"aa11": [0, 2], "bb22": [1, 0]}}, object), allow_pickle=True)
+    assert read_neighbours(tmp_path / "point_feat_knn.npy") == {"aa11": ["aa11", "cc33"], "bb22": ["bb22", "aa11"]}
 
 
 def test_folder_without_a_table(tmp_path):

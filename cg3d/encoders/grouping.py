@@ -9,7 +9,6 @@ __all__ = ['sample_centres', 'expanded_distances', 'Grouping', 'PointBERT', 'Rul
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .pointmlp import LocalGrouper, PointMLP, PointMLPConfig
