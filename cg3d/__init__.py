@@ -6,6 +6,7 @@ _HOME = {
     "load_backbone": "backbone", "Backbone": "backbone", "Prompts": "prompts",
     "Shape": "shapes", "read_shape": "shapes", "Collection": "shapes", "read_collection": "shapes", "write_collection": "shapes",
     "load_published": "published", "read_dataset": "datasets", "check_data": "datasets", "ShapeIndex": "index",
+    "read_scene": "scans", "compose_room": "rooms", "query_scene": "scenes", "ask_scene": "scenes",
     "create_encoder": "encoders.registry", "list_encoders": "encoders.registry",
 }
 _MODULES = {

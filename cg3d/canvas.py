@@ -9,7 +9,6 @@ __all__ = ['COMMON_JS', 'CLOUD_JS', 'MAP_JS', 'UPLOAD_JS', 'CloudCanvas', 'MapCa
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -172,7 +171,7 @@ function render({ model, el }) {
   }
   const arrows = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
   canvas.addEventListener("pointermove", event => hover(nearest(event)));
-  canvas.addEventListener("click", event => { const i = nearest(event); if (i >= 0) choose(i); });
+  canvas.addEventListener("click", event => { const near = nearest(event), i = near < 0 ? model.get("hovered") : near; if (i >= 0) choose(i); }); // a click comes with whole pixels: what is marked under the pointer counts
   canvas.addEventListener("keydown", event => {
     if (arrows[event.key]) step(...arrows[event.key]);
     else if ((event.key === "Enter" || event.key === " ") && model.get("hovered") >= 0) choose(model.get("hovered"));

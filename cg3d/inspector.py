@@ -7,7 +7,6 @@ __all__ = ['strip', 'pixel_prompt', 'attention_weights', 'prompt_attention', 'at
            'context_words', 'prompt_inspector']
 
 # %% ../nbs/71_inspector.ipynb #c002
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import pandas as pd

@@ -8,6 +8,7 @@ __all__ = ['PENALTIES', 'SHOTS', 'feature_key', 'cached_features', 'linear_probe
 # %% ../nbs/67_probe.ipynb #c02
 import hashlib
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -144,7 +145,9 @@ def few_shot(
             drawn = torch.cat([own[:count] for own in order])
             middle = x[drawn].mean(0)
             spread = (x[drawn] - middle).square().sum(-1).mean().sqrt().clamp(min=1e-12)
-            fitted = LogisticRegression(C=C, max_iter=1000).fit(((x[drawn] - middle) / spread).numpy(), answers[drawn].numpy())
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The number of unique classes", UserWarning) # one example a class is meant
+                fitted = LogisticRegression(C=C, max_iter=1000).fit(((x[drawn] - middle) / spread).numpy(), answers[drawn].numpy())
             rows.append({"shots": count, "seed": seed} | accuracies(_scores(fitted, (z - middle) / spread, len(names)), truth))
     table = pd.DataFrame(rows).groupby("shots").agg(seeds=("seed", "count"), accuracy=("accuracy", "mean"), deviation=("accuracy", "std"), mean_class=("mean_class", "mean"), mean_class_deviation=("mean_class", "std"))
     table = table.reset_index()

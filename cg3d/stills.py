@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING: from plotly.graph_objects import Figure
+if TYPE_CHECKING:
+    from matplotlib.colors import Colormap
+    from plotly.graph_objects import Figure
 
 # %% ../nbs/69_stills.ipynb #c005
 PLT_MARKS = {"circle": "o", "circle-open": "o", "square": "s", "square-open": "s", "diamond": "D", "star": "*"} # Plotly's mark -> Matplotlib's; others are crosses

@@ -316,7 +316,7 @@ class RunMonitor(Panel):
         run = Path(run)
         self.path, self.every, self.columns = run if run.suffix == ".csv" else run / "metrics.csv", every, columns
         self.table, self._seen, self._done = pd.DataFrame(), None, threading.Event()
-        self.picture, self.last = self.make(w.Image, format="png"), self.make(w.HTML)
+        self.picture, self.last = self.make(w.Image, format="png", layout=w.Layout(width="640px")), self.make(w.HTML)
         self.button = self.make(w.ToggleButton, value=follow, description="Follow", tooltip="look again every few seconds")
         self.view.children = [self.status, self.button, self.picture, self.last]
         self.button.observe(lambda change: self.follow() if change["new"] else self.stop(), "value")

@@ -5,14 +5,12 @@ import time
 import nbformat
 import numpy as np
 import pytest
-import torch
 import trimesh
 from nbconvert.preprocessors import ExecutePreprocessor
 
 from cg3d.model import load
 from cg3d.rooms import RoomSettings, compose_room
 from cg3d.scans import Scene
-from cg3d.shapes import furniture
 from cg3d.widgets import AskTheRoom, ClassifyMyShape, Explorer, RunMonitor
 
 
