@@ -33,9 +33,9 @@ COMMANDS = ("classify", "embed", "index", "search", "render", "train", "evaluate
 
 
 def program(*words, **options):
-    """The program in a process of its own."""
+    """The program in a process of its own; Ctrl-C reaches it even where the tests run in the background, whose children ignore it."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | options.pop("env", {})
-    return subprocess.Popen([sys.executable, "-m", "cg3d.cli", *map(str, words)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen([sys.executable, "-m", "cg3d.cli", *map(str, words)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
 
 
 def call(*words):
