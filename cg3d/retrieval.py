@@ -8,9 +8,8 @@ __all__ = ['TASKS', 'CHANCE', 'measures', 'chance_measures', 'same_words', 'retr
            'ShapeIndex', 'model_fingerprint']
 
 # %% ../nbs/62_retrieval.ipynb #r02
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import checked
+from .config import TrainConfig, checked, several
 from .index import ShapeIndex
 from .metrics import mean_average_precision, median_rank, recall_at_k
 from .model import CG3D
@@ -224,12 +223,10 @@ class RetrievalConfig:
 
     def task_list(self) -> list[str]:
         "The tasks, separated by commas in the parameter."
-        return [task.strip() for task in self.tasks.split(",") if task.strip()]
+        return several(self.tasks)
 
     def query_list(self) -> list[str]:
         "The queries, separated by | in the parameter."
-        return [query.strip() for query in self.queries.split("|") if query.strip()]
+        return several(self.queries, "|")
 
-    def to_json(self, path: str | Path) -> None:
-        "Write the settings beside the results."
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+    to_json = TrainConfig.to_json

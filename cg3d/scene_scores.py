@@ -7,17 +7,15 @@ __all__ = ['FUNCTIONS', 'ASK', 'METHODS', 'CHOICES', 'truth', 'judged', 'expecte
            'evaluate_scenes', 'SceneQueryConfig', 'judge_rooms']
 
 # %% ../nbs/64_scene_scores.ipynb #d822cc3c
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from math import comb
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .config import checked, several
+from .config import TrainConfig, checked, several
 from .model import CG3D
 from .queries import check_texts
 from .scans import Scene
@@ -178,9 +176,7 @@ class SceneQueryConfig:
         if not self.scene and not (several(self.views) and several(self.proposals) and several(self.queries)): raise ValueError("views, proposals and queries must each name at least one of their choices")
         if several(self.ask, "|"): check_texts(several(self.ask, "|"))
 
-    def to_json(self, path: str | Path) -> None:
-        "Write the settings beside the results."
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+    to_json = TrainConfig.to_json
 
 def judge_rooms(
     views: Mapping[str, Sequence[Scene]],  # composed rooms, by how they are seen
