@@ -4,13 +4,14 @@ __version__ = "0.1.0"
 _HOME = {
     "load": "model", "CG3D": "model", "CG3DConfig": "model", "classify": "model",
     "load_backbone": "backbone", "Backbone": "backbone", "Prompts": "prompts",
+    "Cg3dError": "errors",
     "Shape": "shapes", "read_shape": "shapes", "Collection": "shapes", "read_collection": "shapes", "write_collection": "shapes",
     "load_published": "published", "read_dataset": "datasets", "check_data": "datasets", "ShapeIndex": "index",
     "read_scene": "scans", "compose_room": "rooms", "query_scene": "scenes", "ask_scene": "scenes",
     "create_encoder": "encoders.registry", "list_encoders": "encoders.registry",
 }
 _MODULES = {
-    "points", "files", "unpickle", "shapes", "datasets", "readers", "furniture", "render", "triplets", "encoders", "checkpoint", "backbone", "slip",
+    "errors", "points", "files", "unpickle", "shapes", "datasets", "readers", "furniture", "render", "triplets", "encoders", "checkpoint", "backbone", "slip",
     "prompts", "contracts", "model", "towers", "nano", "published", "layouts", "losses", "metrics", "bulk", "callbacks", "canvas", "cli", "config",
     "describe", "evaluate", "fetch", "filters", "finetune", "index", "inspector", "jobs", "learner", "plots", "probe", "queries", "retrieval",
     "rooms", "runjob", "scans", "scene_scores", "scenes", "segments", "share", "shell", "starts", "stills", "study", "vectors", "widgets", "zeroshot"}

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import InputError, KindError, MissingFile
 from .shapes import data_dir
 
 # %% ../nbs/30_backbone.ipynb #86bb7fc7
@@ -81,7 +82,7 @@ def cg3d_nano_vit(
     from timm.layers import HybridEmbed
     from timm.models.vision_transformer import VisionTransformer
     left = {key: value for key, value in kwargs.items() if value is not None}
-    if pretrained or left: raise ValueError(f"cg3d_nano_vit has no pretrained download and no options {sorted(left)}")
+    if pretrained or left: raise InputError(f"cg3d_nano_vit has no pretrained download and no options {sorted(left)}")
     convolutions = timm.create_model(stem, pretrained=False, num_classes=0, global_pool="")  # (B,3,H,W) -> (B,1280,H/32,W/32)
     tower = VisionTransformer(
         img_size=img_size, patch_size=1, num_classes=num_classes, global_pool=global_pool, embed_dim=width, depth=depth,
@@ -117,7 +118,7 @@ def fit_images(
     "Scale pictures with antialiasing, then cut or pad around the centre."
     height, width = images.shape[-2:]
     if (height, width) == tuple(size): return images
-    if resize_mode not in ("shortest", "longest", "squash"): raise ValueError(f"unknown resize_mode {resize_mode!r}; use shortest, longest or squash")
+    if resize_mode not in ("shortest", "longest", "squash"): raise InputError(f"unknown resize_mode {resize_mode!r}; use shortest, longest or squash")
     ratios = size[0] / height, size[1] / width
     ratio = max(ratios) if resize_mode == "shortest" else min(ratios)
     scaled = tuple(size) if resize_mode == "squash" else tuple(max(1, int(side * ratio + 1e-6)) for side in (height, width))
@@ -193,9 +194,9 @@ class Backbone(FrozenClip):
         images: Tensor,  # (B, 3, H, W), float in [0, 1], any size
     ) -> Tensor:  # what the tower reads, (B, 3, *image_size), by its own mean and std
         "Fit pictures to the tower's size and scale of values."
-        if not isinstance(images, Tensor): raise TypeError(f"images must be a torch.Tensor, got {type(images).__name__}")
-        if images.ndim != 4 or images.shape[1] != 3: raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
-        if not images.is_floating_point(): raise TypeError(f"images must be float in [0, 1], got {images.dtype}; divide by 255")
+        if not isinstance(images, Tensor): raise KindError(f"images must be a torch.Tensor, got {type(images).__name__}")
+        if images.ndim != 4 or images.shape[1] != 3: raise InputError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+        if not images.is_floating_point(): raise KindError(f"images must be float in [0, 1], got {images.dtype}; divide by 255")
         return (fit_images(images.float(), self.image_size, self.cfg["resize_mode"], self.cfg["interpolation"]) - self.mean) / self.std
 
     def encode_image(
@@ -211,7 +212,7 @@ class Backbone(FrozenClip):
         visual = self.clip.visual
         tower = type(getattr(visual, "trunk", visual)).__name__
         if tower != "VisionTransformer":
-            raise ValueError(f"token prompts need a VisionTransformer, the image tower of {self.name!r} is a {tower}; use pixel or no visual prompt")
+            raise InputError(f"token prompts need a VisionTransformer, the image tower of {self.name!r} is a {tower}; use pixel or no visual prompt")
         return visual.trunk.blocks if hasattr(visual, "trunk") else visual.transformer.resblocks
 
     @property
@@ -247,16 +248,16 @@ class Backbone(FrozenClip):
     ) -> Tensor:  # ids, (B, context_length), int64
         "Texts to token ids."
         texts = [texts] if isinstance(texts, str) else list(texts)
-        if not texts: raise ValueError("there is no text to encode: the list is empty")
+        if not texts: raise InputError("there is no text to encode: the list is empty")
         for text in texts:
-            if not isinstance(text, str): raise TypeError(f"texts must be strings, got {type(text).__name__}: {text!r}")
+            if not isinstance(text, str): raise KindError(f"texts must be strings, got {type(text).__name__}: {text!r}")
         return self.tokenizer(texts).to(self.device)
 
     @property
     def token_embedding(self) -> nn.Embedding:
         "The table that turns token ids into vectors."
         table = getattr(getattr(self.clip, "text", self.clip), "token_embedding", None)
-        if table is None: raise ValueError(f"the text tower of {self.name!r} has no token_embedding that a text prompt could go through")
+        if table is None: raise InputError(f"the text tower of {self.name!r} has no token_embedding that a text prompt could go through")
         return table
 
     def encode_text(
@@ -276,24 +277,24 @@ def _folder(clip: str) -> Path | None:  # the local folder that a name stands fo
 
 def _check_folder(folder: Path, weights: str | None) -> None:
     if weights not in (None, "random"):
-        raise ValueError(f"weights={weights!r} has no meaning for the folder {folder}, which holds its own; leave it out")
+        raise InputError(f"weights={weights!r} has no meaning for the folder {folder}, which holds its own; leave it out", field="weights", value=weights)
     if not (folder / CONFIG_FILE).is_file():
-        raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}, so it is no backbone; write one there, or name an open_clip model with weights")
+        raise MissingFile(f"{folder} holds no {CONFIG_FILE}, so it is no backbone; write one there, or name an open_clip model with weights", file=folder)
     if weights is None and not any(path for suffix in ("safetensors", "bin", "pt", "pth") for path in folder.glob(f"*.{suffix}")):
-        raise FileNotFoundError(f"{folder} holds a configuration but no weights (open_clip_model.safetensors); get them, or ask for weights='random' to test")
+        raise MissingFile(f"{folder} holds a configuration but no weights (open_clip_model.safetensors); get them, or ask for weights='random' to test", file=folder)
 
 def _check_name(clip: str, weights: str | None) -> None:
     import open_clip
     if clip not in open_clip.list_models():
         near = difflib.get_close_matches(clip, ["nano", *open_clip.list_models()], n=5, cutoff=0.4)
-        raise ValueError(f"unknown backbone {clip!r}; use 'nano', a folder with {CONFIG_FILE}, 'hf-hub:ORG/NAME', or one of "
+        raise InputError(f"unknown backbone {clip!r}; use 'nano', a folder with {CONFIG_FILE}, 'hf-hub:ORG/NAME', or one of "
                          f"open_clip.list_models(), for example {near or open_clip.list_models()[:5]}")
     tags = open_clip.list_pretrained_tags_by_model(clip)
     if weights is None:
-        raise ValueError(f"{clip!r} needs weights: one of {tags} (fetched from the hub), the path of a weights file, "
+        raise InputError(f"{clip!r} needs weights: one of {tags} (fetched from the hub), the path of a weights file, "
                          "or 'random' to test without; clip='nano' needs none")
     if weights != "random" and weights not in tags and not Path(weights).is_file():
-        raise ValueError(f"weights={weights!r} is neither a file nor a tag of {clip!r}; its tags are {tags}, and 'random' stands for none")
+        raise InputError(f"weights={weights!r} is neither a file nor a tag of {clip!r}; its tags are {tags}, and 'random' stands for none", field="weights", value=weights)
 
 # %% ../nbs/30_backbone.ipynb #bc33ea4e
 def _create(name: str, weights: str | None) -> tuple[nn.Module, object]:  # open_clip model and tokenizer
@@ -309,8 +310,8 @@ def _create(name: str, weights: str | None) -> tuple[nn.Module, object]:  # open
         return model, open_clip.get_tokenizer(name)
     except (OSError, RuntimeError) as error:
         if name.startswith("local-dir:") or (weights and Path(weights).is_file()):
-            raise ValueError(f"the weights do not fit the architecture of {name!r}: {str(error)[:600]}") from error
-        raise FileNotFoundError(
+            raise InputError(f"the weights do not fit the architecture of {name!r}: {str(error)[:600]}") from error
+        raise MissingFile(
             f"weights {weights!r} of {name!r} could not be fetched: {str(error)[:200]}. Without a network, copy a folder with {CONFIG_FILE} "
             "and its weights here and pass clip='local-dir:FOLDER', or use clip='nano'. HF_HUB_OFFLINE=1, set before Python starts, "
             "skips the wait and reads only what the hub's cache holds.") from error
@@ -328,7 +329,7 @@ def load_backbone(
     folder = _folder(clip)
     if folder is None:
         if not clip.startswith("hf-hub:"): _check_name(clip, weights)
-        elif weights not in (None, "random"): raise ValueError(f"weights={weights!r} has no meaning for {clip!r}, which holds its own")
+        elif weights not in (None, "random"): raise InputError(f"weights={weights!r} has no meaning for {clip!r}, which holds its own", field="weights", value=weights)
         model, tokenizer = _create(clip, weights)
     elif clip == "nano" and weights == "random" and not folder.is_dir():  # the configuration is known without the folder
         with tempfile.TemporaryDirectory() as scratch:

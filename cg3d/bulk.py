@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from .datasets import read_dataset
+from .errors import Cg3dError, InputError, MissingFile
 from .files import CLOUD_SUFFIXES, MESH_SUFFIXES
 from .model import CG3D
 from .queries import model_fingerprint
@@ -46,14 +47,14 @@ class Source:
 def check_size(path: Path, max_mb: float = MAX_MB):
     "Refuse a file that is too large to be one shape."
     size = path.stat().st_size / 1e6
-    if size > max_mb: raise ValueError(f"{path}: {size:.0f} MB, more than the {max_mb:g} MB that are read; simplify the mesh, or allow more with --max-mb {size + 1:.0f}")
+    if size > max_mb: raise InputError(f"{path}: {size:.0f} MB, more than the {max_mb:g} MB that are read; simplify the mesh, or allow more with --max-mb {size + 1:.0f}", file=path)
 
 def shape_files(folder: str | Path) -> list[Path]: # sorted
     "The files below a folder whose endings are those of shapes; hidden ones are left out."
     folder = Path(folder)
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SHAPE_SUFFIXES and path.is_file()
                    and not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    if not found: raise FileNotFoundError(f"{folder}: no shape in it; files must end in {' '.join(SHAPE_SUFFIXES)}")
+    if not found: raise MissingFile(f"{folder}: no shape in it; files must end in {' '.join(SHAPE_SUFFIXES)}", file=folder)
     return found
 
 # %% ../nbs/74_bulk.ipynb #c07
@@ -66,7 +67,7 @@ def file_source(
     "Shapes from files."
     paths = [Path(path) for path in paths]
     for path in paths:
-        if not path.is_file(): raise FileNotFoundError(f"{path}: no such file")
+        if not path.is_file(): raise MissingFile(f"{path}: no such file", file=path)
     ids = [(path.relative_to(root) if root is not None else path).as_posix() for path in paths]
     table = pd.DataFrame({"id": ids, "name": [path.stem for path in paths], "path": [str(path) for path in paths]})
     stamps = [f"{status.st_size} {status.st_mtime_ns}" for status in (path.stat() for path in paths)]
@@ -99,7 +100,7 @@ def open_source(
     stem = path.with_suffix("") if path.suffix in (".npz", ".csv") else path
     if Path(f"{stem}.npz").is_file() and Path(f"{stem}.csv").is_file(): return collection_source(read_collection(stem), str(place))
     if path.is_file(): return file_source([path], None, up, max_mb)
-    raise FileNotFoundError(f"{place}: no such file or folder. Give a shape file ({' '.join(SHAPE_SUFFIXES)}), a folder of them, a packed collection (x.npz + x.csv), or 'furniture' for the embedded set")
+    raise MissingFile(f"{place}: no such file or folder. Give a shape file ({' '.join(SHAPE_SUFFIXES)}), a folder of them, a packed collection (x.npz + x.csv), or 'furniture' for the embedded set", file=place)
 
 # %% ../nbs/74_bulk.ipynb #c12
 @dataclass
@@ -121,7 +122,7 @@ class Journal:
         if head.is_file():
             there = json.loads(head.read_text(encoding="utf-8"))
             differs = [key for key in header if there.get(key) != header[key]]
-            if differs: raise ValueError(f"{folder} holds an unfinished run with another {' and '.join(differs)} ({there.get(differs[0])!r}, now {header[differs[0]]!r}); finish that one, or delete the folder")
+            if differs: raise InputError(f"{folder} holds an unfinished run with another {' and '.join(differs)} ({there.get(differs[0])!r}, now {header[differs[0]]!r}); finish that one, or delete the folder", file=folder)
             for shard in sorted(folder.glob("[0-9]*.npz")):
                 with np.load(shard, allow_pickle=False) as archive: journal.rows |= dict(zip(archive["keys"].tolist(), archive["vectors"]))
         else:
@@ -144,7 +145,7 @@ def _put(path: Path, write: Callable):
     scratch.replace(path)
 
 # %% ../nbs/74_bulk.ipynb #c14
-class Interrupted(Exception):
+class Interrupted(Cg3dError):
     "Ctrl-C in the middle; what was done is kept."
 
 @dataclass
@@ -203,7 +204,7 @@ def embed_source(
     found = [row for row, key in enumerate(keys) if key in journal.rows]
     if not found:
         journal.close()
-        raise ValueError(f"none of the {len(keys)} shapes of {source.name} could be read; the first: {problems[0][1]}")
+        raise InputError(f"none of the {len(keys)} shapes of {source.name} could be read; the first: {problems[0][1]}")
     result = Embeddings(np.stack([journal.rows[keys[row]] for row in found]), source.table.iloc[found], name, mark)
     write_embeddings(out, result)
     journal.close()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .config import TrainConfig
+from .errors import InputError, MissingFile
 from .learner import Callback, Learner
 from .losses import PAIRS
 
@@ -119,10 +120,10 @@ class Checkpoint(Callback):
     def resume(self, learner: Learner) -> None:
         "Put everything back as it was"
         path = self.folder / "state.pt"
-        if not path.is_file(): raise FileNotFoundError(f"resume=True, but {path} does not exist; run once without resume")
+        if not path.is_file(): raise MissingFile(f"resume=True, but {path} does not exist; run once without resume")
         state = torch.load(path, map_location=learner.device, weights_only=True)
         changed = {name: (old, now) for name, now in asdict(learner.config).items() if (old := state["config"].get(name)) != now and name not in FREE_ON_RESUME}
-        if changed: raise ValueError("the checkpoint belongs to another run: " + ", ".join(f"{name} was {old!r}, is {now!r}" for name, (old, now) in changed.items()))
+        if changed: raise InputError("the checkpoint belongs to another run: " + ", ".join(f"{name} was {old!r}, is {now!r}" for name, (old, now) in changed.items()))
         for part, values in state["model"].items(): getattr(learner.model, part).load_state_dict(values)
         learner.loss.load_state_dict(state["loss"])
         for optimizer, values in zip(learner.optimizers, state["optimizers"]): optimizer.load_state_dict(values)

@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .errors import InputError, MissingPackage
 from .points import check_points, normalize
 from .shapes import SCALE, pick
 
 try:
     import anywidget
     import traitlets
-except ImportError as error: raise ImportError("cg3d's widgets need anywidget and ipywidgets: pip install 'cg3d[notebooks]'") from error
+except ImportError as error: raise MissingPackage("cg3d's widgets need anywidget and ipywidgets: pip install 'cg3d[notebooks]'") from error
 
 # %% ../nbs/71_canvas.ipynb #c004
 COMMON_JS = """
@@ -97,7 +98,7 @@ class CloudCanvas(anywidget.AnyWidget):
     ) -> None:
         "Draw another cloud"
         check_points(points[None])
-        if points.shape[1] != 6: raise ValueError(f"points must be (N, 6), xyz and rgb, got {tuple(points.shape)}")
+        if points.shape[1] != 6: raise InputError(f"points must be (N, 6), xyz and rgb, got {tuple(points.shape)}")
         points = points[torch.from_numpy(pick(len(points), min(limit, len(points))))].detach().cpu()
         with self.hold_sync():
             self.xyz = (normalize(points[:, :3]).clamp(-1, 1) * SCALE).round().to(torch.int16).numpy().tobytes()
@@ -214,9 +215,9 @@ class MapCanvas(anywidget.AnyWidget):
     ) -> "MapCanvas":
         "A map of these places"
         counts = {"places": len(places), "names": len(names), "colours": len(colours), "marks": len(marks)}
-        if len(set(counts.values())) > 1: raise ValueError(f"one name, colour and mark for each place, got {counts}")
+        if len(set(counts.values())) > 1: raise InputError(f"one name, colour and mark for each place, got {counts}")
         unknown = sorted(set(marks) - {"circle", "square", "diamond", "star"})
-        if unknown: raise ValueError(f"unknown mark {unknown[0]!r}; there are circle, square, diamond, star")
+        if unknown: raise InputError(f"unknown mark {unknown[0]!r}; there are circle, square, diamond, star")
         return cls(xy=(places - places.mean(0)).float().cpu().numpy().tobytes(), names=list(names), colours=list(colours), marks=list(marks), **traits)
 
 # %% ../nbs/71_canvas.ipynb #c012
@@ -307,7 +308,7 @@ def hover_pictures(
     "The same map, with the picture of what is under the pointer"
     from cg3d.plots import data_uri
     found = rows_of(figure)
-    if set(found) != set(range(len(pictures))): raise ValueError(f"{len(pictures)} pictures for a map of {len(found)} marks; give one for each")
+    if set(found) != set(range(len(pictures))): raise InputError(f"{len(pictures)} pictures for a map of {len(found)} marks; give one for each")
     x, y, names, colours, marks = zip(*(found[row] for row in range(len(pictures))))
     living = MapCanvas.of(torch.tensor([x, y]).T, names, colours, marks, **traits)
     def show(change):

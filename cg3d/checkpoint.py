@@ -20,6 +20,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from .errors import InputError, MissingFile
+
 # %% ../nbs/29_checkpoint.ipynb #5f779add
 def _numpy_numbers() -> list:  # what a pickled numpy number needs: its constructor under old and new names, and five types
     scalar = np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar
@@ -29,7 +31,7 @@ def _numpy_numbers() -> list:  # what a pickled numpy number needs: its construc
 
 def _read_pickle(path: Path) -> object:
     with open(path, "rb") as file: head = file.read(24)
-    if not head.startswith((b"PK", b"\x80")): raise ValueError(f"{path} is no checkpoint: it begins with {head!r}. If that is a git-lfs pointer or a web page, fetch the file itself")
+    if not head.startswith((b"PK", b"\x80")): raise InputError(f"{path} is no checkpoint: it begins with {head!r}. If that is a git-lfs pointer or a web page, fetch the file itself", file=path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *_numpy_numbers()]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -37,19 +39,19 @@ def _read_pickle(path: Path) -> object:
         words = str(error)
         named = re.search(r"GLOBAL ([\w.]+)", words) or re.search(r"(?:function|class|type) <?(?:class |built-in function )?'?([\w.]+)", words)
         if "truncated" in words or "Ran out of input" in words:
-            raise ValueError(f"{path} is no checkpoint, or a truncated one ({words.splitlines()[-1][:200]}); fetch the file again") from None
-        raise ValueError(
+            raise InputError(f"{path} is no checkpoint, or a truncated one ({words.splitlines()[-1][:200]}); fetch the file again", file=path) from None
+        raise InputError(
             f"{path} holds {named[1] if named else 'something'}, which is neither a tensor nor a plain container, so reading it could run code: refused. If you trust "
-            "its author, open it once in a throw-away environment with weights_only=False and save {'state_dict': ...} alone, or write safetensors") from None
+            "its author, open it once in a throw-away environment with weights_only=False and save {'state_dict': ...} alone, or write safetensors", file=path) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {str(error)[:200]}); it is truncated, damaged or of another kind. Fetch it again") from error
+        raise InputError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {str(error)[:200]}); it is truncated, damaged or of another kind. Fetch it again", file=path) from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     try: return load_file(path)
-    except (SafetensorError, OSError) as error: raise ValueError(f"{path} cannot be read as safetensors ({error}); it is truncated, damaged or of another kind. Fetch it again") from error
+    except (SafetensorError, OSError) as error: raise InputError(f"{path} cannot be read as safetensors ({error}); it is truncated, damaged or of another kind. Fetch it again", file=path) from error
 
 # %% ../nbs/29_checkpoint.ipynb #c0118e12
 @dataclass(frozen=True)
@@ -75,11 +77,11 @@ def read_checkpoint(
 ) -> Checkpoint:
     "Read a weight file without running anything in it."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file")
-    if path.stat().st_size == 0: raise ValueError(f"{path}: the file is empty (0 bytes)")
+    if not path.is_file(): raise MissingFile(f"{path}: no such file", file=path)
+    if path.stat().st_size == 0: raise InputError(f"{path}: the file is empty (0 bytes)", file=path)
     leaves = list(_leaves(_read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)))
     tensors = {name: leaf.detach() for name, leaf in leaves if isinstance(leaf, Tensor)}
-    if not tensors: raise ValueError(f"{path}: there is no tensor in it")
+    if not tensors: raise InputError(f"{path}: there is no tensor in it", file=path)
     return Checkpoint(str(path), tensors, {name: leaf for name, leaf in leaves if not isinstance(leaf, Tensor)})
 
 # %% ../nbs/29_checkpoint.ipynb #eb432f38
@@ -136,7 +138,7 @@ class Source:
         self.full: dict[str, str] = {}  # bare name -> name in the file
         for name in file.tensors:
             bare = bare_name(name)
-            if bare in self.full: raise ValueError(f"{self.path}: {name!r} and {self.full[bare]!r} are both {bare!r} without their wrappers; keep one of them")
+            if bare in self.full: raise InputError(f"{self.path}: {name!r} and {self.full[bare]!r} are both {bare!r} without their wrappers; keep one of them", file=self.path)
             self.full[bare] = name
         self.roles: dict[str, tuple[bool, str]] = {}
         self.sized: dict[str, tuple] = {}  # tensors that sizes were read from, and their shapes
@@ -148,7 +150,7 @@ class Source:
         return [name for name in self.full if name.startswith(prefix)]
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self.full: raise ValueError(f"{self.path}: a {self.family} checkpoint needs {name!r}, and the file has no such tensor. It is incomplete or of another family")
+        if name not in self.full: raise InputError(f"{self.path}: a {self.family} checkpoint needs {name!r}, and the file has no such tensor. It is incomplete or of another family", file=self.path)
         return self.file.tensors[self.full[name]]
 
     def size(
@@ -160,7 +162,7 @@ class Source:
         "One length of a tensor, from which sizes of the network are read."
         shape = tuple(self[name].shape)
         self.sized[self.full[name]] = shape
-        if len(shape) != axes: raise ValueError(f"{self.path}: {self.full[name]!r} has shape {shape}; a {self.family} checkpoint has {axes} axes there")
+        if len(shape) != axes: raise InputError(f"{self.path}: {self.full[name]!r} has shape {shape}; a {self.family} checkpoint has {axes} axes there", file=self.path)
         return shape[axis]
 
     @contextmanager
@@ -170,7 +172,7 @@ class Source:
         except (ValueError, TypeError, AssertionError, ZeroDivisionError, RuntimeError) as error:
             if self.path in str(error): raise
             sized = ", ".join(f"{name!r} {shape}" for name, shape in self.sized.items())
-            raise ValueError(f"{self.path}: the sizes of these tensors fit no {self.family} network ({error}): {sized}") from error
+            raise InputError(f"{self.path}: the sizes of these tensors fit no {self.family} network ({error}): {sized}", file=self.path) from error
 
     def count(self, prefix: str) -> int:
         "How many numbered parts stand under `prefix`: 1 + the largest number."
@@ -196,8 +198,8 @@ def fill(
         value = source[bare]
         if bare in turned: value = value.T.contiguous()
         if value.shape != own.shape:
-            raise ValueError(f"{source.path}: {source.full[bare]!r} has shape {tuple(source[bare].shape)}; the {source.family} network that the other tensors describe "
-                             f"has {tuple(own.T.shape) if bare in turned else tuple(own.shape)} there. Its sizes were read from {', '.join(map(repr, source.sized)) or 'elsewhere'}")
+            raise InputError(f"{source.path}: {source.full[bare]!r} has shape {tuple(source[bare].shape)}; the {source.family} network that the other tensors describe "
+                             f"has {tuple(own.T.shape) if bare in turned else tuple(own.shape)} there. Its sizes were read from {', '.join(map(repr, source.sized)) or 'elsewhere'}", file=source.path)
         state[name] = value.float() if value.is_floating_point() else value
         source.roles[bare] = (True, role)
     module.load_state_dict(state, assign=True)
@@ -222,8 +224,8 @@ def report(
     for source in sources:
         left = [source.full[name] for name in source.full if name not in source.roles]
         if left:
-            raise ValueError(f"{source.path}: unexpected tensor {left[0]!r}{f' and {len(left) - 1} more ({chr(44).join(left[1:4])} ...)' if len(left) > 1 else ''}: "
-                             f"no part of a {source.family} model takes it. The file is of another family or was changed")
+            raise InputError(f"{source.path}: unexpected tensor {left[0]!r}{f' and {len(left) - 1} more ({chr(44).join(left[1:4])} ...)' if len(left) > 1 else ''}: "
+                             f"no part of a {source.family} model takes it. The file is of another family or was changed", file=source.path)
         for bare, full in source.full.items():
             value, (used, role) = source.file.tensors[full], source.roles[bare]
             rows.append(dict(file=Path(source.path).name, tensor=full, shape=tuple(value.shape), dtype=str(value.dtype).removeprefix("torch."), numbers=value.numel(), used=used, role=role))

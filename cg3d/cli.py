@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
+from .errors import InputError, MissingFile, PathTaken
 from .shell import OneLine, answer, facts, fresh, note, problems_end, progress, table
 
 # %% ../nbs/80_cli.ipynb #c05
@@ -52,7 +53,7 @@ def load_model(name: str, device: str, clip: str = ""):
     from cg3d.learner import pick_device
     from cg3d.share import from_pretrained
     device = pick_device(device)
-    if clip and not Path(name).is_file(): raise ValueError(f"--clip belongs to published weights; {name!r} brings its own towers")
+    if clip and not Path(name).is_file(): raise InputError(f"--clip belongs to published weights; {name!r} brings its own towers")
     if Path(name).is_file():
         from cg3d.published import load_published
         return load_published(name, clip=clip or None, device=device)
@@ -68,10 +69,10 @@ def read_labels(given: Sequence[str]) -> list[str]:
         if path.suffix == ".txt" and path.is_file(): found += path.read_text(encoding="utf-8").splitlines()
         else: found += text.split(",")
     labels = [label.strip() for label in found]
-    if not any(labels): raise ValueError("no labels: name at least one, as in --labels 'chair, table, lamp'")
-    if "" in labels: raise ValueError(f"label {labels.index('') + 1} of {len(labels)} is blank; take out the comma or line that is too many")
+    if not any(labels): raise InputError("no labels: name at least one, as in --labels 'chair, table, lamp'")
+    if "" in labels: raise InputError(f"label {labels.index('') + 1} of {len(labels)} is blank; take out the comma or line that is too many")
     twice = next((label for label in labels if labels.count(label) > 1), None)
-    if twice: raise ValueError(f"label {twice!r} is given {labels.count(twice)} times; name it once")
+    if twice: raise InputError(f"label {twice!r} is given {labels.count(twice)} times; name it once")
     return labels
 
 @app.command()
@@ -101,7 +102,7 @@ def classify(
                     found.append({"shape": source.table["id"][row], "labels": [dict(zip(("label", "probability", "similarity"), entry)) for entry in ranked]})
     def show():
         for entry in found: table(entry["labels"], entry["shape"] if total > 1 else "")
-    if problems and total == 1: raise ValueError(problems[0][1])
+    if problems and total == 1: raise InputError(problems[0][1])
     answer({"model": model, "shapes": found, "problems": [{"shape": name, "problem": text} for name, text in problems]}, as_json, show)
     problems_end(problems, total, "answered", skip_broken)
 
@@ -124,14 +125,14 @@ def render(
     up: UP = "", max_mb: MAX_SIZE = 100, overwrite: OVERWRITE = False, as_json: JSON = False,
 ):
     "Draw a shape from several sides; needs no display."
-    if Path(out).suffix.lower() not in (".png", ".jpg", ".jpeg"): raise ValueError(f"{out}: a picture ends in .png or .jpg")
+    if Path(out).suffix.lower() not in (".png", ".jpg", ".jpeg"): raise InputError(f"{out}: a picture ends in .png or .jpg", file=out)
     path = fresh(out, overwrite)
     from cg3d.bulk import open_source
     from cg3d.files import MESH_SUFFIXES
     from cg3d.render import render_mesh, render_points, ring_views
     from cg3d.shapes import UP_BY_SUFFIX
     source = open_source(shape, up or None, max_mb)
-    if len(source) > 1: raise ValueError(f"{shape} holds {len(source)} shapes; give one shape file")
+    if len(source) > 1: raise InputError(f"{shape} holds {len(source)} shapes; give one shape file")
     read, file, cameras = source.read(0), Path(shape), ring_views(views, elevation)
     try:
         if points or file.suffix.lower() not in MESH_SUFFIXES: raise LookupError
@@ -184,14 +185,14 @@ def index(
 # %% ../nbs/80_cli.ipynb #c15
 def as_query(text: str, image: str, shape: str, up: str): # a text, a PIL picture, or a Shape
     "What to look for: exactly one of the three."
-    if sum(map(bool, (text, image, shape))) != 1: raise ValueError('say what to look for in one way: "a round table", or --image FILE, or --shape FILE')
+    if sum(map(bool, (text, image, shape))) != 1: raise InputError('say what to look for in one way: "a round table", or --image FILE, or --shape FILE')
     if text: return text
     if shape:
         from cg3d.shapes import read_shape
         return read_shape(shape, up=up or None)
     from PIL import Image, UnidentifiedImageError
     try: return Image.open(image).convert("RGB")
-    except UnidentifiedImageError as error: raise ValueError(f"{image}: not a picture that can be read") from error
+    except UnidentifiedImageError as error: raise InputError(f"{image}: not a picture that can be read") from error
 
 @app.command()
 def search(
@@ -205,7 +206,7 @@ def search(
     up: UP = "", device: DEVICE = "auto", clip: CLIP = "", as_json: JSON = False,
 ):
     "The nearest shapes of an index, best first."
-    if not Path(index).exists(): raise FileNotFoundError(f"{index}: no such index; make one with `cg3d index e.parquet -o {index}`")
+    if not Path(index).exists(): raise MissingFile(f"{index}: no such index; make one with `cg3d index e.parquet -o {index}`")
     asked = as_query(query, image, shape, up)
     from cg3d.index import ShapeIndex
     opened = ShapeIndex.open(index)
@@ -242,7 +243,7 @@ def check_data(
         for line in report.notes: typer.echo(f"note: {line}")
         for line in report.problems: typer.echo(f"problem: {line}")
     answer({"path": str(report.path), "layout": report.layout, "ok": report.ok, "splits": rows, "problems": report.problems, "notes": report.notes}, as_json, show)
-    if not report.ok: raise ValueError(f"{path} is not complete: {report.problems[0] if report.problems else 'no shape was found'}")
+    if not report.ok: raise InputError(f"{path} is not complete: {report.problems[0] if report.problems else 'no shape was found'}", file=path)
 
 @app.command()
 def download(
@@ -293,11 +294,11 @@ def job(name: str, recipe: list[str], parameter: list[str], notebook: str, liste
         known, recipes = [{"parameter": p.name, "type": p.kind.__name__, "default": p.default, "about": p.about} for p in parameters_of(job_notebook(name)).values()], sorted(path.stem for path in home("recipes").glob("*.yaml"))
         return answer({"parameters": known, "recipes": recipes}, as_json, lambda: (table(known), typer.echo(f"recipes: {', '.join(recipes)}")))
     bad = next((text for text in parameter if "=" not in text), None)
-    if bad: raise ValueError(f"-p {bad}: a parameter needs a value, as in -p {bad} VALUE")
+    if bad: raise InputError(f"-p {bad}: a parameter needs a value, as in -p {bad} VALUE")
     values = job_values(name, recipe, [tuple(text.split("=", 1)) for text in parameter])
     if "labels" in values and values["labels"].strip(): read_labels([values["labels"]])
     place, folder = run_place(name, values, notebook or None)
-    if keep and not values.get("resume") and any(folder.glob("*")) and not overwrite: raise FileExistsError(f"{folder} holds a run; choose another with -p out NAME, go on with -p resume True, or pass --overwrite")
+    if keep and not values.get("resume") and any(folder.glob("*")) and not overwrite: raise PathTaken(f"{folder} holds a run; choose another with -p out NAME, go on with -p resume True, or pass --overwrite", file=folder)
     fresh(place, True), fresh(folder / "x", True)
     note(f"{name}: {job_notebook(name)} -> {place}")
     run = run_job(name, values, notebook or None, sys.stderr, progress=sys.stderr.isatty())

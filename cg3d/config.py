@@ -12,6 +12,8 @@ import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from .errors import InputError, KindError
+
 # %% ../nbs/48_config.ipynb #c04
 @dataclass(frozen=True)
 class TrainConfig:
@@ -89,7 +91,7 @@ def checked(
     if kind is float and type(value) is int: return float(value)
     if type(value) is kind: return value
     hint = " (papermill reads -p x True and -p x 3 as Python does; true in small letters is a string)" if isinstance(value, str) else ""
-    raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it takes a {kind.__name__}{hint}")
+    raise KindError(f"{name}={value!r} is a {type(value).__name__}; it takes a {kind.__name__}{hint}", field=name, value=value)
 
 # %% ../nbs/48_config.ipynb #c08
 def encoder_choice(
@@ -98,15 +100,15 @@ def encoder_choice(
     "Read the choice of an encoder"
     from cg3d.encoders.registry import _ENCODERS, list_encoders
     name, *parts = text.replace(",", " ").split() or [""]
-    if not name or "=" in name: raise ValueError(f"encoder={text!r} must begin with the name of an encoder")
-    if name not in list_encoders(): raise ValueError(f"encoder={text!r}: no encoder {name!r}; there are {', '.join(list_encoders())}")
+    if not name or "=" in name: raise InputError(f"encoder={text!r} must begin with the name of an encoder", field="encoder", value=text)
+    if name not in list_encoders(): raise InputError(f"encoder={text!r}: no encoder {name!r}; there are {', '.join(list_encoders())}", field="encoder", value=text)
     known = [field.name for field in fields(_ENCODERS[name][1])]
     found = {}
     for part in parts:
         key, _, value = part.partition("=")
-        if key not in known: raise ValueError(f"encoder={text!r}: {name} has no setting {key!r}; it has {', '.join(known)}")
+        if key not in known: raise InputError(f"encoder={text!r}: {name} has no setting {key!r}; it has {', '.join(known)}", field="encoder", value=text)
         try: found[key] = int(value) if re.fullmatch(r"[+-]?\d+", value) else float(value)
-        except ValueError as error: raise ValueError(f"encoder={text!r}: {part!r} is not setting=number") from error
+        except ValueError as error: raise InputError(f"encoder={text!r}: {part!r} is not setting=number", field="encoder", value=text) from error
     return name, found
 
 # %% ../nbs/48_config.ipynb #c12
@@ -127,12 +129,12 @@ def check_choices(config: TrainConfig) -> None:
     for name, allowed in CHOICES.items():
         value = getattr(config, name)
         parts = value.split("+") if name == "visual_prompt" else [value]
-        if not set(parts) <= set(allowed): raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(allowed)}")
+        if not set(parts) <= set(allowed): raise InputError(f"{name}={value!r} is unknown; choose from {', '.join(allowed)}", field=name, value=value)
     prompted = (config.visual_prompt, config.text_prompt) != ("none", "none")
-    if config.schedule == "frozen" and prompted: raise ValueError("schedule='frozen' caches the towers' features, so it takes visual_prompt='none' and text_prompt='none'")
-    if config.schedule == "frozen" and config.image_augment: raise ValueError("schedule='frozen' caches the features of the views, so it takes image_augment=False")
-    if config.schedule == "alternate" and not prompted: raise ValueError("schedule='alternate' trains prompts at odd steps; give a visual_prompt or a text_prompt, or use schedule='frozen'")
-    if config.schedule != "alternate" and config.prompt_optimizer not in ("same", config.optimizer): raise ValueError(f"schedule={config.schedule!r} has one optimiser; prompt_optimizer={config.prompt_optimizer!r} needs schedule='alternate'")
+    if config.schedule == "frozen" and prompted: raise InputError("schedule='frozen' caches the towers' features, so it takes visual_prompt='none' and text_prompt='none'")
+    if config.schedule == "frozen" and config.image_augment: raise InputError("schedule='frozen' caches the features of the views, so it takes image_augment=False")
+    if config.schedule == "alternate" and not prompted: raise InputError("schedule='alternate' trains prompts at odd steps; give a visual_prompt or a text_prompt, or use schedule='frozen'")
+    if config.schedule != "alternate" and config.prompt_optimizer not in ("same", config.optimizer): raise InputError(f"schedule={config.schedule!r} has one optimiser; prompt_optimizer={config.prompt_optimizer!r} needs schedule='alternate'", field="schedule", value=config.schedule)
 
 # %% ../nbs/48_config.ipynb #c13
 RANGES = { # smallest and largest allowed value
@@ -146,10 +148,10 @@ def check_ranges(config: TrainConfig) -> None:
     "Refuse numbers outside their range (NaN is outside every range)"
     for name, (low, high) in RANGES.items():
         value = getattr(config, name)
-        if not (low <= value and (high is None or value <= high) and value < float("inf")): raise ValueError(f"{name}={value!r} must be at least {low}" + (f" and at most {high}" if high is not None else " and finite"))
-    if config.weight_3d_text + config.weight_3d_image == 0: raise ValueError("weight_3d_text and weight_3d_image are both 0: nothing would teach the 3D encoder")
-    if 0 < config.temperature < 0.01: raise ValueError(f"temperature={config.temperature} must be at least 0.01, or 0 for the frozen model's own")
-    if not config.out.strip(): raise ValueError("out is empty; give the run a name")
+        if not (low <= value and (high is None or value <= high) and value < float("inf")): raise InputError(f"{name}={value!r} must be at least {low}" + (f" and at most {high}" if high is not None else " and finite"))
+    if config.weight_3d_text + config.weight_3d_image == 0: raise InputError("weight_3d_text and weight_3d_image are both 0: nothing would teach the 3D encoder")
+    if 0 < config.temperature < 0.01: raise InputError(f"temperature={config.temperature} must be at least 0.01, or 0 for the frozen model's own", field="temperature", value=config.temperature)
+    if not config.out.strip(): raise InputError("out is empty; give the run a name")
 
 # %% ../nbs/48_config.ipynb #c17
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class ZeroShotConfig:
     def __post_init__(self):
         for field in fields(self): object.__setattr__(self, field.name, checked(field.name, getattr(self, field.name), field.type))
         for name in ("min_shapes", "views"):
-            if getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            if getattr(self, name) < 1: raise InputError(f"{name}={getattr(self, name)} must be at least 1")
 
     to_json = TrainConfig.to_json
 
@@ -197,7 +199,7 @@ def settings(
     "Build the dataclass; unknown names are listed beside the known ones"
     known = [field.name for field in fields(kind)]
     unknown = sorted(set(values) - set(known))
-    if unknown: raise ValueError(f"unknown parameter{'s' * (len(unknown) > 1)} {', '.join(unknown)}; known are {', '.join(known)}")
+    if unknown: raise InputError(f"unknown parameter{'s' * (len(unknown) > 1)} {', '.join(unknown)}; known are {', '.join(known)}")
     return kind(**values)
 
 # %% ../nbs/48_config.ipynb #c23

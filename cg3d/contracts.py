@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .encoders.grouping import sample_centres
+from .errors import InputError
 from .points import MISSING_COLOUR, check_points, gather, with_colour
 
 # %% ../nbs/33_contracts.ipynb #c9a54ed2
@@ -41,7 +42,7 @@ class Contract:
         "The model's edge: count, colour, axes."
         points = check_points(points)
         if points.shape[1] != self.points:
-            raise ValueError(f"{self.model} reads clouds of {self.points:,} points, got {points.shape[1]:,}; its numbers mean nothing at another count. Use `model.embed`, which "
+            raise InputError(f"{self.model} reads clouds of {self.points:,} points, got {points.shape[1]:,}; its numbers mean nothing at another count. Use `model.embed`, which "
                              f"resamples, or `load_published(..., points={points.shape[1]})` if the weights were trained so")
         points = points[..., :3] if self.channels == 3 else with_colour(points)
         return points[..., [0, 2, 1, *range(3, self.channels)]] if self.swap_yz else points

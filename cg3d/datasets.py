@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .errors import InputError, MissingFile
 from .points import MISSING_COLOUR, normalize
 from .shapes import TURN, Collection, Shape, pick
 
@@ -35,11 +36,11 @@ class Record:
 
     def __post_init__(self):
         self.xyz = np.asarray(self.xyz, np.float32)
-        if self.xyz.ndim != 2 or self.xyz.shape[1] != 3 or len(self.xyz) < 2: raise ValueError(f"points are {self.xyz.shape}, expected (N, 3) with at least 2 points")
-        if not np.isfinite(self.xyz).all(): raise ValueError("points hold NaN or infinite numbers")
+        if self.xyz.ndim != 2 or self.xyz.shape[1] != 3 or len(self.xyz) < 2: raise InputError(f"points are {self.xyz.shape}, expected (N, 3) with at least 2 points")
+        if not np.isfinite(self.xyz).all(): raise InputError("points hold NaN or infinite numbers")
         if self.rgb is not None:
             self.rgb = np.asarray(self.rgb, np.float32)
-            if self.rgb.shape != self.xyz.shape: raise ValueError(f"colours {self.rgb.shape} do not match points {self.xyz.shape}")
+            if self.rgb.shape != self.xyz.shape: raise InputError(f"colours {self.rgb.shape} do not match points {self.xyz.shape}")
 
 @dataclass
 class Listing:
@@ -69,7 +70,7 @@ class Source:
         try: record = self.listing.read(row)
         except (ValueError, KeyError) as error:
             if Path(file).name and Path(file).name in str(error): raise
-            raise ValueError(f"{file}: {error}") from error
+            raise InputError(f"{file}: {error}", file=file) from error
         record.xyz = record.xyz @ self.turn.T
         return record
 
@@ -114,8 +115,8 @@ def read_picture(
     "A picture file on white, its middle square."
     from PIL import Image, UnidentifiedImageError
     try: picture = Image.open(path).convert("RGBA")
-    except FileNotFoundError as error: raise FileNotFoundError(f"{path}: no such picture") from error
-    except (UnidentifiedImageError, OSError) as error: raise ValueError(f"{path}: not a sound picture: {error}") from error
+    except FileNotFoundError as error: raise MissingFile(f"{path}: no such picture", file=path) from error
+    except (UnidentifiedImageError, OSError) as error: raise InputError(f"{path}: not a sound picture: {error}", file=path) from error
     white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
     picture = Image.alpha_composite(white, picture).convert("RGB")
     scale = size / min(picture.size)
@@ -182,9 +183,9 @@ class Published(Collection):
 
     def pictures(self, i: int) -> list[Path]: # at least one
         "Rendered views of a shape."
-        if self.packed.listing.pictures is None: raise ValueError(f"the layout {self.layout!r} has no pictures here; render the points instead")
+        if self.packed.listing.pictures is None: raise InputError(f"the layout {self.layout!r} has no pictures here; render the points instead")
         files = self.packed.listing.pictures(int(self.rows[i]))
-        if not files: raise FileNotFoundError(f"no pictures of shape {self.table['id'].iat[i]!r}")
+        if not files: raise MissingFile(f"no pictures of shape {self.table['id'].iat[i]!r}")
         return files
 
     @property
@@ -255,15 +256,15 @@ def find_layouts(
 ) -> list[tuple[Layout, Path]]: # with the root that each was found at; at least one
     "Which layouts a path holds."
     path, known = Path(path).expanduser(), list_layouts()
-    if layout is not None and layout not in known: raise ValueError(f"layout={layout!r} is unknown; known are {', '.join(known)}")
-    if not path.exists() and not path.with_name(path.name + ".npz").is_file(): raise FileNotFoundError(f"{path}: no such file or folder")
+    if layout is not None and layout not in known: raise InputError(f"layout={layout!r} is unknown; known are {', '.join(known)}", field="layout", value=layout)
+    if not path.exists() and not path.with_name(path.name + ".npz").is_file(): raise MissingFile(f"{path}: no such file or folder", file=path)
     tried = [LAYOUTS[name] for name in ([layout] if layout else known)]
     found = [(kind, root) for kind in tried if (root := kind.find(path)) is not None]
     there = {kind.name for kind, _ in found}
     found = [(kind, root) for kind, root in found if not there & set(kind.unless) and not ("*" in kind.unless and len(there) > 1)]
     if found: return found
-    if layout: raise ValueError(f"{path}: not laid out as {layout!r} ({LAYOUTS[layout].about})")
-    raise ValueError(f"{path}: no known layout. Known are:\n" + "\n".join(f"  {name}: {LAYOUTS[name].about}" for name in known))
+    if layout: raise InputError(f"{path}: not laid out as {layout!r} ({LAYOUTS[layout].about})", file=path)
+    raise InputError(f"{path}: no known layout. Known are:\n" + "\n".join(f"  {name}: {LAYOUTS[name].about}" for name in known))
 
 # %% ../nbs/10_datasets.ipynb #c19
 def read_dataset(
@@ -276,30 +277,30 @@ def read_dataset(
     up: str | None = None, # axis of the files where you know better: "y" or "z"
 ) -> Collection: # a `Published`, or a packed `Collection`
     "Open a data set; its geometry is read when asked for."
-    if names not in NAMES: raise ValueError(f"names={names!r}: choose from {', '.join(NAMES)}")
-    if missing not in ("error", "skip"): raise ValueError(f"missing={missing!r}: choose from error, skip")
-    if up is not None and up not in TURN: raise ValueError(f"up={up!r}: choose from {', '.join(TURN)}")
-    if points is not None and points < 2: raise ValueError(f"points={points}: a shape needs at least 2")
+    if names not in NAMES: raise InputError(f"names={names!r}: choose from {', '.join(NAMES)}", field="names", value=names)
+    if missing not in ("error", "skip"): raise InputError(f"missing={missing!r}: choose from error, skip", field="missing", value=missing)
+    if up is not None and up not in TURN: raise InputError(f"up={up!r}: choose from {', '.join(TURN)}", field="up", value=up)
+    if points is not None and points < 2: raise InputError(f"points={points}: a shape needs at least 2", field="points", value=points)
     found = find_layouts(path, layout)
-    if len(found) > 1: raise ValueError(f"{path}: holds {', '.join(kind.name for kind, _ in found)}; say which with layout=")
+    if len(found) > 1: raise InputError(f"{path}: holds {', '.join(kind.name for kind, _ in found)}; say which with layout=", file=path)
     kind, root = found[0]
     listing = kind.list(root, names=names, up=up)
     if isinstance(listing, Collection):
-        if points is not None: raise ValueError(f"points={points}: a packed collection has its own number; ask `.points(n=...)` for fewer")
+        if points is not None: raise InputError(f"points={points}: a packed collection has its own number; ask `.points(n=...)` for fewer", field="points", value=points)
         return listing if split is None else listing.select(split=split)
     return _opened(kind.name, root, listing, split, missing, points)
 
 def _opened(layout: str, root: Path, listing: Listing, split, missing: str, points: int | None) -> Published:
     "The collection of a listing."
     table = listing.table
-    if not len(table): raise ValueError(f"{root}: the lists of layout {layout!r} are empty")
+    if not len(table): raise InputError(f"{root}: the lists of layout {layout!r} are empty", file=root)
     whole = Published(table, Source(listing), np.arange(len(table)), f"{layout} {root.name}", listing.labels, layout, points or 0)
     whole = whole if split is None else whole.select(split=split)
     lost = ~whole.table["found"].to_numpy(bool)
     if lost.any():
         first = whole.table[lost].iloc[0]
         message = f"{first['file']}: listed in split {first['split']!r} but not there; {lost.sum():,} of {len(whole):,} listed files are missing"
-        if missing == "error" or lost.all(): raise FileNotFoundError(message + ("" if lost.all() else "; missing='skip' leaves them out"))
+        if missing == "error" or lost.all(): raise MissingFile(message + ("" if lost.all() else "; missing='skip' leaves them out"))
         whole = whole.select(~lost)
     whole.table = whole.table.drop(columns=["found"])
     return replace(whole, count=points or len(whole.packed.record(int(whole.rows[0])).xyz))
@@ -375,7 +376,7 @@ def _as_listing(collection: Collection, root: Path) -> Listing:
         if column not in table: table[column] = value
     problems = []
     try: collection.packed.arrays
-    except ValueError as error: raise ValueError(str(error)) from error
+    except ValueError as error: raise InputError(str(error)) from error
     keys = ["source", "id"] if {"source", "id"} <= set(table) else ["id"]
     return Listing(table.assign(id=table[keys].astype(str).agg("/".join, axis=1)), lambda row: Record(collection[row].points, collection[row].colors), problems=problems)
 

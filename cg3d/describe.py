@@ -13,6 +13,7 @@ import struct
 from math import prod
 from pathlib import Path
 
+from .errors import InputError, MissingFile
 from .files import CLOUD_SUFFIXES, MESH_SUFFIXES
 
 # %% ../nbs/78_describe.ipynb #c05
@@ -33,7 +34,7 @@ def tensors_of(path: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]: # na
         size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         try: header = json.loads(file.read(size)) if 0 < size <= path.stat().st_size - 8 else None
         except ValueError: header = None
-    if not isinstance(header, dict): raise ValueError(f"{path}: no safetensors file, or a damaged one")
+    if not isinstance(header, dict): raise InputError(f"{path}: no safetensors file, or a damaged one", file=path)
     return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items() if name != "__metadata__"}
 
 def weights_facts(path: Path) -> dict:
@@ -46,8 +47,8 @@ def weights_facts(path: Path) -> dict:
 # %% ../nbs/78_describe.ipynb #c07
 def _json(path: Path) -> dict:
     try: found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error: raise ValueError(f"{path}: damaged, no JSON: {error}") from error
-    if not isinstance(found, dict): raise ValueError(f"{path}: damaged, a table was expected")
+    except ValueError as error: raise InputError(f"{path}: damaged, no JSON: {error}", file=path) from error
+    if not isinstance(found, dict): raise InputError(f"{path}: damaged, a table was expected", file=path)
     return found
 
 def checkpoint_facts(folder: Path) -> dict:
@@ -94,11 +95,11 @@ def _folder_facts(path: Path) -> dict:
     if (path / "header.json").is_file() and path.suffix == ".part": return {"kind": "unfinished embedding", **_json(path / "header.json"), "remedy": "the same `cg3d embed` command goes on with it"}
     suffixes = [file.suffix.lower() for file in path.rglob("*") if file.suffix.lower() in MESH_SUFFIXES + CLOUD_SUFFIXES]
     if suffixes: return {"kind": "folder of shapes", "files": {suffix: suffixes.count(suffix) for suffix in sorted(set(suffixes))}}
-    raise ValueError(f"{path}: nothing that cg3d knows: no checkpoint (config.json, model.safetensors), no index (manifest.json), no shape files")
+    raise InputError(f"{path}: nothing that cg3d knows: no checkpoint (config.json, model.safetensors), no index (manifest.json), no shape files", file=path)
 
 def _published_facts(path: Path) -> dict:
     try: from cg3d import published
-    except ImportError as error: raise ValueError(f"{path}: cg3d does not know {path.suffix} files") from error
+    except ImportError as error: raise InputError(f"{path}: cg3d does not know {path.suffix} files", file=path) from error
     model = published.load_published(path)
     return {"kind": "published weights", "encoder": model.config.encoder, "points": model.config.points, "in_channels": model.config.in_channels, "clip": model.config.clip, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
@@ -112,7 +113,7 @@ def describe(
         path = data_dir() / {"nano": "nano-3d", "furniture": "furniture.npz"}[str(place)]
     stem = path.with_suffix("") if path.suffix in (".npz", ".csv") else path
     packed = Path(f"{stem}.npz").is_file() and Path(f"{stem}.csv").is_file()
-    if not path.exists() and not packed: raise FileNotFoundError(f"{place}: no such file or folder")
+    if not path.exists() and not packed: raise MissingFile(f"{place}: no such file or folder", file=place)
     return {"path": str(path), **_facts(path, stem, packed)}
 
 def _facts(path: Path, stem: Path, packed: bool) -> dict:
@@ -126,4 +127,4 @@ def _facts(path: Path, stem: Path, packed: bool) -> dict:
     if path.suffix == ".safetensors": return {"kind": "weights", **weights_facts(path)}
     if path.suffix.lower() in (".pt", ".pth", ".ckpt"): return _published_facts(path)
     if path.suffix.lower() in MESH_SUFFIXES + CLOUD_SUFFIXES: return shape_facts(path)
-    raise ValueError(f"{path}: cg3d does not know {path.suffix or 'such'} files")
+    raise InputError(f"{path}: cg3d does not know {path.suffix or 'such'} files", file=path)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .backbone import Backbone
 from .config import run_folder
+from .errors import InputError
 from .metrics import mean_class_accuracy, recall_at_k, top_k
 from .model import CG3D, PUBLISHED, checked_labels, embed_labels, load
 from .points import MISSING_COLOUR
@@ -39,7 +40,7 @@ class Protocol:
 
     def __post_init__(self):
         templates_of(self.templates)
-        if self.views < 1: raise ValueError(f"views={self.views} must be at least 1")
+        if self.views < 1: raise InputError(f"views={self.views} must be at least 1", field="views", value=self.views)
 
 # %% ../nbs/63_evaluate.ipynb #d6ed4d34
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def ask(
 ) -> Answers:
     "Zero-shot classification of one split by one model"
     if split != "all" and split not in set(collection.table.get("split", ())):
-        raise ValueError(f"no row of {names[1]} has split={split!r}; there are {', '.join(sorted(set(collection.table.get('split', ())))) or 'no splits'}; 'all' takes every row")
+        raise InputError(f"no row of {names[1]} has split={split!r}; there are {', '.join(sorted(set(collection.table.get('split', ())))) or 'no splits'}; 'all' takes every row", field="split", value=split)
     rows, target = labelled(collection if split == "all" else collection.select(split=split), labels, column)
     change = (lambda points, start: seen_from_one_side(points, protocol.seed + start)) if protocol.one_sided else None
     sentences = templates_of(protocol.templates)
@@ -134,9 +135,9 @@ def judge(
     choose_on: str = "", # a split: of all models and protocols, judge only the best on it, set by set
 ) -> list[Answers]:
     "Ask every model about every set in every way; or choose one of them on another split, and judge that"
-    if not models or not sets or not protocols: raise ValueError("give at least one model, one set and one protocol")
+    if not models or not sets or not protocols: raise InputError("give at least one model, one set and one protocol")
     if choose_on and (choose_on in (split, "all") or split == "all" or choose_on.lower().startswith("test")):
-        raise ValueError(f"choose_on={choose_on!r} would choose a checkpoint or sentences on rows that are judged (split={split!r}) or kept for judging; choose on 'val' or 'train'")
+        raise InputError(f"choose_on={choose_on!r} would choose a checkpoint or sentences on rows that are judged (split={split!r}) or kept for judging; choose on 'val' or 'train'", field="choose_on", value=choose_on)
     answers = []
     for data, collection in sets.items():
         choices, pairs = label_list(collection, labels, column, min_shapes), [(name, protocol) for name in models for protocol in protocols]
@@ -150,7 +151,7 @@ def judged_table(
     answers: Sequence[Answers],
 ) -> pd.DataFrame:
     "All rows as one table; the blind answer, which is no model's and needs no points or sentences, once a set"
-    if not answers: raise ValueError("there are no answers to make a table of")
+    if not answers: raise InputError("there are no answers to make a table of")
     table = pd.concat([one.table for one in answers], ignore_index=True)
     blind = table["method"] == MAJORITY
     table.loc[blind, "model"] = "-"
@@ -171,10 +172,10 @@ def open_model(
 def _options(text: str, whole: str) -> dict: # text: "points=8192&clip=FILE"
     found = {}
     for key, equal, value in (part.partition("=") for part in text.split("&") if part):
-        if not key or not value: raise ValueError(f"{whole!r}: settings behind the question mark are written name=value, with & between them")
+        if not key or not value: raise InputError(f"{whole!r}: settings behind the question mark are written name=value, with & between them")
         try: found[key] = literal_eval(value)
         except (ValueError, SyntaxError): found[key] = value # a word, a path
-        if key in ("points", "groups", "neighbours", "radius", "skip_below") and type(found[key]) not in (int, float): raise ValueError(f"{whole!r}: {key}={value} is no number")
+        if key in ("points", "groups", "neighbours", "radius", "skip_below") and type(found[key]) not in (int, float): raise InputError(f"{whole!r}: {key}={value} is no number")
     return found
 
 # %% ../nbs/63_evaluate.ipynb #0489c4f5
@@ -183,10 +184,10 @@ def nouns_of(
 ) -> list[str]: # sorted
     "Proof-read nouns: the answers to choose from"
     table = collection.table
-    if "category" not in table: raise ValueError(f"no column 'category' in the table; it has {', '.join(table.columns)}")
+    if "category" not in table: raise InputError(f"no column 'category' in the table; it has {', '.join(table.columns)}")
     sure = table["judged"] == 1 if "judged" in table else pd.Series(True, table.index)
     nouns = sorted(set(table["category"][sure].astype(str).str.strip()) - {""})
-    if len(nouns) < 2: raise ValueError(f"{len(nouns)} proof-read noun(s) in column 'category'; an evaluation needs at least two")
+    if len(nouns) < 2: raise InputError(f"{len(nouns)} proof-read noun(s) in column 'category'; an evaluation needs at least two")
     return nouns
 
 def judged_rows(
@@ -196,7 +197,7 @@ def judged_rows(
     "Rows whose noun is known to be right"
     words = collection.table["category"].astype(str).str.strip()
     keep = words.isin(list(nouns)) & (collection.table["judged"] == 1 if "judged" in collection.table else True)
-    if not keep.any(): raise ValueError(f"none of the {len(collection)} rows has one of the {len(nouns)} nouns")
+    if not keep.any(): raise InputError(f"none of the {len(collection)} rows has one of the {len(nouns)} nouns")
     index = {noun: i for i, noun in enumerate(nouns)}
     return torch.tensor(keep.to_numpy()), torch.tensor([index[word] for word in words[keep]])
 
@@ -206,7 +207,7 @@ def unseen_names(
 ) -> list[str]: # sorted
     "Names of a split that stand nowhere in the other rows, neither as name nor as category"
     table, here = collection.table, collection.table["split"] == split
-    if not here.any(): raise ValueError(f"no row has split={split!r}; there are {sorted(table['split'].unique())}")
+    if not here.any(): raise InputError(f"no row has split={split!r}; there are {sorted(table['split'].unique())}", field="split", value=split)
     known = table[~here]
     return sorted(set(table["name"][here]) - set(known["name"]) - set(known.get("category", ())))
 
@@ -240,7 +241,7 @@ def agreement(
 ) -> float: # Spearman's rho over the N (N - 1) / 2 pairs
     "Whether two towers order pairs of texts by similarity in the same way"
     from scipy.stats import spearmanr
-    if len(ours) != len(theirs) or len(ours) < 3: raise ValueError(f"agreement needs at least 3 texts, embedded by both; got {len(ours)} and {len(theirs)}")
+    if len(ours) != len(theirs) or len(ours) < 3: raise InputError(f"agreement needs at least 3 texts, embedded by both; got {len(ours)} and {len(theirs)}")
     row, column = torch.triu_indices(len(ours), len(ours), 1)
     return float(spearmanr((ours @ ours.T)[row, column].numpy(), (theirs @ theirs.T)[row, column].numpy())[0])
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .describe import file_sha256
+from .errors import InputError, MissingFile
 
 # %% ../nbs/79_fetch.ipynb #c06
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def item_of(name: str, files: Sequence[str] = (), kind: str = "model", revision:
     if name in CATALOGUE: return CATALOGUE[name]
     if name.startswith(("http://", "https://")): return Item("", url=name)
     if name.count("/") == 1 and not Path(name).exists(): return Item("", name, tuple(files), kind, revision)
-    raise ValueError(f"nothing to download is called {name!r}; give owner/name of a hub repository, an address, or one of {', '.join(CATALOGUE)}")
+    raise InputError(f"nothing to download is called {name!r}; give owner/name of a hub repository, an address, or one of {', '.join(CATALOGUE)}")
 
 # %% ../nbs/79_fetch.ipynb #c08
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Fetched:
 def check_hash(path: Path, wanted: str | None) -> str: # the file's own hash
     "Hash a file; refuse another one than wanted."
     found = file_sha256(path)
-    if wanted and found != wanted: raise ValueError(f"{path}: SHA-256 is {found}, wanted {wanted}; the file is damaged or another one. Delete it and download again")
+    if wanted and found != wanted: raise InputError(f"{path}: SHA-256 is {found}, wanted {wanted}; the file is damaged or another one. Delete it and download again", file=path)
     return found
 
 def hub_files(repo: str, kind: str, revision: str | None = None) -> dict[str, str | None]: # file -> SHA-256 where the hub keeps one
@@ -98,13 +99,13 @@ def fetch(
     names = [Path(item.url).name] if item.url else list(files or item.files)
     known, hub = dict(item.sha256), {}
     if isinstance(sha256, str):
-        if len(names) != 1: raise ValueError(f"one hash for {len(names) or 'all'} files of {name}: name the single file that it belongs to")
+        if len(names) != 1: raise InputError(f"one hash for {len(names) or 'all'} files of {name}: name the single file that it belongs to")
         sha256 = {names[0]: sha256}
     known |= sha256 or {}
     folder.mkdir(parents=True, exist_ok=True)
     if not item.url and not (names and all(file in known for file in names)): hub = _hub(lambda: hub_files(item.repo, item.kind, item.revision), item.repo)
     unknown = [file for file in names if hub and file not in hub]
-    if unknown: raise FileNotFoundError(f"{item.repo} has no file {unknown[0]!r}; it has {', '.join(list(hub)[:20])}")
+    if unknown: raise MissingFile(f"{item.repo} has no file {unknown[0]!r}; it has {', '.join(list(hub)[:20])}")
     done = [_one(item, file, folder, known.get(file), hub.get(file), said) for file in names or hub]
     sums = "".join(f"{entry.sha256}  {entry.path.relative_to(folder).as_posix()}\n" for entry in done)
     (folder / "SHA256SUMS").write_text(sums, encoding="utf-8")

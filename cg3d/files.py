@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .errors import InputError, MissingFile
+
 # %% ../nbs/01_files.ipynb #cell004
 CLOUD_SUFFIXES = (".npy", ".npz", ".pcd", ".xyz")
 MESH_SUFFIXES = (".obj", ".ply", ".glb", ".gltf", ".stl", ".off")
@@ -21,7 +23,7 @@ MAX_FACES = 5_000_000 # triangles a file may hold
 def check_count(path: Path, count: int, limit: int, what: str):
     "Refuse a file with more than `limit` points or faces."
     if count > limit:
-        raise ValueError(f"{path}: {count:,} {what}, more than the {limit:,} that are read; thin or split the file first")
+        raise InputError(f"{path}: {count:,} {what}, more than the {limit:,} that are read; thin or split the file first", file=path)
 
 # %% ../nbs/01_files.ipynb #cell006
 def unit_colours(
@@ -42,7 +44,7 @@ def split_columns(
 ) -> tuple[np.ndarray, np.ndarray | None]: # xyz (N, 3), colours (N, 3) or None
     "Columns 0-2 are xyz; columns 3-5, where they exist, are colours unless they are normals."
     if table.ndim != 2 or table.shape[1] < 3:
-        raise ValueError(f"{path}: expected a table (N, 3) or (N, 6), found shape {table.shape}")
+        raise InputError(f"{path}: expected a table (N, 3) or (N, 6), found shape {table.shape}", file=path)
     return table[:, :3], unit_colours(table[:, 3:6]) if table.shape[1] >= 6 else None
 
 # %% ../nbs/01_files.ipynb #cell010
@@ -57,12 +59,12 @@ def read_xyz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         head = [line for _, line in zip(range(20), file)]
     first = next((i for i, line in enumerate(head) if len(_row(line)) >= 3), None)
     if first is None:
-        raise ValueError(f"{path}: no row of at least three numbers in its first {len(head)} lines")
+        raise InputError(f"{path}: no row of at least three numbers in its first {len(head)} lines", file=path)
     separator = next((s for s in (",", ";") if s in head[first]), r"\s+")
     try:
         table = pd.read_csv(path, sep=separator, header=None, skiprows=first, comment="#", dtype=np.float64, nrows=MAX_POINTS + 1)
     except (ValueError, pd.errors.ParserError) as error:
-        raise ValueError(f"{path}: a row is not made of numbers: {error}") from error
+        raise InputError(f"{path}: a row is not made of numbers: {error}", file=path) from error
     return split_columns(path, table.to_numpy())
 
 # %% ../nbs/01_files.ipynb #cell011
@@ -70,7 +72,7 @@ def read_npy(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     "Read an array (N, 3) or (N, 6) of numbers; pickled objects are refused."
     array = np.load(path, allow_pickle=False, mmap_mode="r")
     if array.dtype.kind not in "fiu":
-        raise ValueError(f"{path}: holds {array.dtype}, not numbers")
+        raise InputError(f"{path}: holds {array.dtype}, not numbers", file=path)
     check_count(path, array.shape[0] if array.ndim else 0, MAX_POINTS, "points")
     return split_columns(path, np.array(array))
 
@@ -79,13 +81,13 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     with np.load(path, allow_pickle=False) as archive:
         key = next((k for k in ("points", "xyz", "arr_0") if k in archive), None)
         if key is None:
-            raise ValueError(f"{path}: no array named points, xyz or arr_0 among {sorted(archive.files)}")
+            raise InputError(f"{path}: no array named points, xyz or arr_0 among {sorted(archive.files)}", file=path)
         if archive[key].ndim == 3:
-            raise ValueError(f"{path}: {archive[key].shape[0]} packed shapes, not one; use read_collection")
+            raise InputError(f"{path}: {archive[key].shape[0]} packed shapes, not one; use read_collection", file=path)
         xyz, colours = split_columns(path, archive[key])
         named = next((archive[k] for k in ("colors", "colours", "rgb") if k in archive), None)
     if named is not None and named.shape != xyz.shape:
-        raise ValueError(f"{path}: colours {named.shape} do not match points {xyz.shape}")
+        raise InputError(f"{path}: colours {named.shape} do not match points {xyz.shape}", file=path)
     return xyz, colours if named is None else unit_colours(named)
 
 # %% ../nbs/01_files.ipynb #cell013
@@ -105,9 +107,9 @@ def lzf_decompress(
         length, i = (control >> 5, i) if control >> 5 < 7 else (7 + data[i], i + 1)
         start = len(out) - ((control & 31) << 8) - data[i] - 1
         i += 1
-        if start < 0: raise ValueError("LZF stream points before its start")
+        if start < 0: raise InputError("LZF stream points before its start")
         for j in range(start, start + length + 2): out.append(out[j]) # may overlap what it writes
-    if len(out) != size: raise ValueError(f"LZF stream unpacks to {len(out)} bytes, its header says {size}")
+    if len(out) != size: raise InputError(f"LZF stream unpacks to {len(out)} bytes, its header says {size}")
     return bytes(out)
 
 # %% ../nbs/01_files.ipynb #cell015
@@ -118,12 +120,12 @@ def _pcd_header(data: bytes, path: Path) -> tuple[dict[str, list[str]], bytes]:
     header, rest = {}, data
     while "DATA" not in header:
         line, newline, rest = rest.partition(b"\n")
-        if not newline: raise ValueError(f"{path}: no PCD header (no DATA line)")
+        if not newline: raise InputError(f"{path}: no PCD header (no DATA line)", file=path)
         words = line.decode("ascii", "replace").split()
         if words and not words[0].startswith("#"): header[words[0].upper()] = words[1:]
     missing = {"FIELDS", "SIZE", "TYPE"} - header.keys()
     if missing or not {"POINTS", "WIDTH"} & header.keys():
-        raise ValueError(f"{path}: PCD header lacks {sorted(missing) or ['POINTS']}")
+        raise InputError(f"{path}: PCD header lacks {sorted(missing) or ['POINTS']}", file=path)
     return header, rest
 
 def _pcd_fields(header: dict[str, list[str]]) -> np.dtype:
@@ -147,7 +149,7 @@ def _pcd_rows(header: dict[str, list[str]], body: bytes, count: int) -> np.ndarr
             rows[name] = np.frombuffer(columns, field.base, count * int(np.prod(field.shape)), start).reshape(count, *field.shape)
             start += field.itemsize * count
         return rows
-    if form != "ascii": raise ValueError(f"DATA {form} is not ascii, binary or binary_compressed")
+    if form != "ascii": raise InputError(f"DATA {form} is not ascii, binary or binary_compressed")
     rows = np.empty(count, row)
     table = np.array(body.split()).reshape(count, -1)
     column = 0
@@ -165,7 +167,7 @@ def read_pcd(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     check_count(path, count, MAX_POINTS, "points")
     rows = _pcd_rows(header, body, count)
     if not {"x", "y", "z"} <= set(rows.dtype.names):
-        raise ValueError(f"{path}: PCD fields {rows.dtype.names} lack x, y, z")
+        raise InputError(f"{path}: PCD fields {rows.dtype.names} lack x, y, z", file=path)
     xyz, colours = np.stack([rows[axis].astype(np.float64) for axis in "xyz"], 1), None
     packed = next((rows[name] for name in ("rgb", "rgba") if name in rows.dtype.names), None)
     if packed is not None and packed.dtype.itemsize == 4:
@@ -184,7 +186,7 @@ def sample_faces(
     edges = triangles[:, 1:] - triangles[:, :1]
     total = np.cumsum(np.linalg.norm(np.cross(edges[:, 0], edges[:, 1]), axis=1))
     if not np.isfinite(total[-1]) or total[-1] <= 0:
-        raise ValueError("its faces have no area")
+        raise InputError("its faces have no area")
     at = (np.arange(n) + generator.random(n)) / n * total[-1]
     faces = np.minimum(np.searchsorted(total, at, side="right"), len(total) - 1)
     root, v = np.sqrt(generator.random(n)), generator.random(n)
@@ -270,7 +272,7 @@ def _load_parts(path: Path) -> list:
 # %% ../nbs/01_files.ipynb #cell027
 def _check_vertices(path: Path, parts: list):
     bad = sum(int((~np.isfinite(part.vertices)).any(1).sum()) for part in parts)
-    if bad: raise ValueError(f"{path}: {bad} vertices are NaN or infinite")
+    if bad: raise InputError(f"{path}: {bad} vertices are NaN or infinite", file=path)
 
 def read_mesh(
     path: Path,
@@ -296,7 +298,7 @@ def read_mesh(
 
 def _bare_vertices(path: Path, parts: list) -> tuple[np.ndarray, np.ndarray | None]:
     "The vertices of parts that have no faces."
-    if not parts: raise ValueError(f"{path}: no faces and no points in it")
+    if not parts: raise InputError(f"{path}: no faces and no points in it", file=path)
     xyz = np.concatenate([part.vertices for part in parts])
     check_count(path, len(xyz), MAX_POINTS, "points")
     colours = [getattr(part, "colors", None) for part in parts]
@@ -314,18 +316,18 @@ def read_points(
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in CLOUD_SUFFIXES + MESH_SUFFIXES:
-        raise ValueError(f"{path}: unknown suffix {suffix!r}; known are {' '.join(MESH_SUFFIXES + CLOUD_SUFFIXES)}")
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file")
-    if path.stat().st_size == 0: raise ValueError(f"{path}: the file is empty (0 bytes)")
+        raise InputError(f"{path}: unknown suffix {suffix!r}; known are {' '.join(MESH_SUFFIXES + CLOUD_SUFFIXES)}", file=path)
+    if not path.is_file(): raise MissingFile(f"{path}: no such file", file=path)
+    if path.stat().st_size == 0: raise InputError(f"{path}: the file is empty (0 bytes)", file=path)
     readers = {".xyz": read_xyz, ".npy": read_npy, ".npz": read_npz, ".pcd": read_pcd}
     try:
         if suffix in readers: xyz, colours = readers[suffix](path)
         else: xyz, colours = read_mesh(path, n, np.random.default_rng(seed))
     except Exception as error: # parsers fail in many ways on a broken file
         if isinstance(error, MemoryError) or str(path) in str(error): raise
-        raise ValueError(f"{path}: cannot be read as {suffix}: {type(error).__name__}: {error}") from error
+        raise InputError(f"{path}: cannot be read as {suffix}: {type(error).__name__}: {error}", file=path) from error
     check_count(path, len(xyz), MAX_POINTS, "points")
-    if not len(xyz): raise ValueError(f"{path}: no points in it")
+    if not len(xyz): raise InputError(f"{path}: no points in it", file=path)
     bad = int((~np.isfinite(xyz)).any(1).sum())
-    if bad: raise ValueError(f"{path}: {bad} of {len(xyz)} points are NaN or infinite")
+    if bad: raise InputError(f"{path}: {bad} of {len(xyz)} points are NaN or infinite", file=path)
     return xyz, colours

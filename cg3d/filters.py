@@ -14,6 +14,8 @@ from functools import reduce
 import numpy as np
 import pandas as pd
 
+from .errors import InputError, KindError
+
 # %% ../nbs/56_filters.ipynb #f04
 BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod}
 COMPARE = {ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge}
@@ -29,7 +31,7 @@ def _parse(where: str) -> tuple[ast.expr, dict[str, str]]: # tree; names that st
         return {"&": " and ", "|": " or "}[found[0]]
     text = re.sub(r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|`([^`]+)`|[&|]""", plain, where)
     try: return ast.parse(text.strip(), mode="eval").body, {name: column for column, name in quoted.items()}
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error: raise ValueError(f"where={where!r} is not an expression: {error}") from error
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error: raise InputError(f"where={where!r} is not an expression: {error}", field="where", value=where) from error
 
 # %% ../nbs/56_filters.ipynb #f05
 class Filter:
@@ -39,18 +41,18 @@ class Filter:
         where: str, # such as "category == 'chair' and height < 1"
         table: pd.DataFrame,
     ):
-        if not isinstance(where, str): raise TypeError(f"where must be an expression in a string, got {type(where).__name__}")
-        if not where.strip(): raise ValueError("where is blank; leave it out to search everything")
-        if len(where) > 2000: raise ValueError(f"where has {len(where):,} characters, at most 2,000 are read")
+        if not isinstance(where, str): raise KindError(f"where must be an expression in a string, got {type(where).__name__}")
+        if not where.strip(): raise InputError("where is blank; leave it out to search everything")
+        if len(where) > 2000: raise InputError(f"where has {len(where):,} characters, at most 2,000 are read")
         self.where, self.table = where, table
         self.tree, self.quoted = _parse(where)
 
-    def refuse(self, why: str): raise ValueError(f"where={self.where!r}: {why}")
+    def refuse(self, why: str): raise InputError(f"where={self.where!r}: {why}", field="where", value=self.where)
 
     def rows(self) -> np.ndarray: # booleans, one a row
         "Which rows match."
         try: found = self.value(self.tree)
-        except (TypeError, AttributeError, re.error) as error: raise ValueError(f"where={self.where!r} does not fit the columns: {error}") from error
+        except (TypeError, AttributeError, re.error) as error: raise InputError(f"where={self.where!r} does not fit the columns: {error}", field="where", value=self.where) from error
         return self.truth(found).to_numpy(bool)
 
     def truth(self, value) -> pd.Series: # bool; missing counts as false

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .config import TrainConfig, checked, encoder_choice
 from .encoders import registry
+from .errors import InputError, MissingFile
 from .learner import parameter_groups, pick_device, rate, use_bf16
 from .metrics import mean_class_accuracy, top_k
 from .model import CG3D, as_points, resample
@@ -107,17 +108,17 @@ def check_settings(config: FineTuneConfig) -> None:
     "Refuse unknown words, numbers outside their range, and settings that contradict one another"
     for name, allowed in CHOICES.items():
         value = getattr(config, name)
-        if not set(value.split("+") if name == "mode" else [value]) <= set(allowed): raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(allowed)}")
+        if not set(value.split("+") if name == "mode" else [value]) <= set(allowed): raise InputError(f"{name}={value!r} is unknown; choose from {', '.join(allowed)}", field=name, value=value)
     for name, (low, high) in RANGES.items():
         value = getattr(config, name)
-        if not (low <= value < math.inf and (high is None or value <= high)): raise ValueError(f"{name}={value!r} must be at least {low}" + (f" and at most {high}" if high is not None else " and finite"))
+        if not (low <= value < math.inf and (high is None or value <= high)): raise InputError(f"{name}={value!r} must be at least {low}" + (f" and at most {high}" if high is not None else " and finite"))
     try: shares = config.shares
-    except ValueError as error: raise ValueError(f"fractions={config.fractions!r} must be numbers separated by commas") from error
+    except ValueError as error: raise InputError(f"fractions={config.fractions!r} must be numbers separated by commas", field="fractions", value=config.fractions) from error
     for share in shares or [0.0]: check_fraction(share, "fractions")
     for name in ("start", "out"):
-        if not words(getattr(config, name)): raise ValueError(f"{name} is empty")
-    if len(set(config.starts)) < len(config.starts) or len(set(shares)) < len(shares): raise ValueError(f"start={config.start!r} or fractions={config.fractions!r} names one twice")
-    if config.patience and not config.holdout: raise ValueError(f"patience={config.patience} needs holdout above 0: stopping early on the test would be cheating")
+        if not words(getattr(config, name)): raise InputError(f"{name} is empty")
+    if len(set(config.starts)) < len(config.starts) or len(set(shares)) < len(shares): raise InputError(f"start={config.start!r} or fractions={config.fractions!r} names one twice", field="start", value=config.start)
+    if config.patience and not config.holdout: raise InputError(f"patience={config.patience} needs holdout above 0: stopping early on the test would be cheating", field="patience", value=config.patience)
     if config.encoder: encoder_choice(config.encoder)
 
 # %% ../nbs/66_finetune.ipynb #c10
@@ -161,7 +162,7 @@ class Classifier(nn.Module):
         top: int | None = None, # labels to keep a shape, all by default
     ) -> pd.DataFrame: # row, shape, label, probability; best first
         "Which of its labels fits each shape"
-        if top is not None and top < 1: raise ValueError(f"top={top} must be at least 1")
+        if top is not None and top < 1: raise InputError(f"top={top} must be at least 1", field="top", value=top)
         probability = self.scores(x).softmax(-1)
         names = [x.name] if isinstance(x, Shape) else [""] * len(x) if isinstance(x, Tensor) else [shape.name for shape in x]
         best = probability.argsort(dim=-1, descending=True, stable=True)[:, :top]
@@ -193,8 +194,8 @@ def features(
     encoder.to(device).eval()
     try: found = torch.cat([encoder(part.to(device)).float().cpu() for part in points.split(batch_size)])
     finally: encoder.train(training)
-    if found.ndim != 2 or len(found) != len(points): raise ValueError(f"{type(encoder).__name__} turned points {tuple(points.shape)} into {tuple(found.shape)}; an encoder gives (B, D)")
-    if not found.isfinite().all(): raise ValueError(f"{type(encoder).__name__} gave NaN or infinite features")
+    if found.ndim != 2 or len(found) != len(points): raise InputError(f"{type(encoder).__name__} turned points {tuple(points.shape)} into {tuple(found.shape)}; an encoder gives (B, D)")
+    if not found.isfinite().all(): raise InputError(f"{type(encoder).__name__} gave NaN or infinite features")
     return found
 
 # %% ../nbs/66_finetune.ipynb #c12
@@ -231,18 +232,18 @@ def load_classifier(
     from safetensors.torch import load_file
     folder = Path(folder)
     for file in (CLASSIFIER_FILE, "model.safetensors"):
-        if not (folder / file).is_file(): raise FileNotFoundError(f"{folder / file} is not there; give a folder written by save_classifier")
+        if not (folder / file).is_file(): raise MissingFile(f"{folder / file} is not there; give a folder written by save_classifier")
     try:
         card = json.loads((folder / CLASSIFIER_FILE).read_text(encoding="utf-8"))
         labels, points, head, dim, name, settings = (card[key] for key in ("labels", "points", "head", "dim", "encoder", "encoder_cfg"))
-    except (ValueError, KeyError, TypeError) as error: raise ValueError(f"{folder / CLASSIFIER_FILE} is damaged: {error!r}") from error
+    except (ValueError, KeyError, TypeError) as error: raise InputError(f"{folder / CLASSIFIER_FILE} is damaged: {error!r}") from error
     if encoder is None:
-        if settings is None: raise ValueError(f"{folder} was trained on a {name}, which cg3d cannot build; pass one as encoder=")
+        if settings is None: raise InputError(f"{folder} was trained on a {name}, which cg3d cannot build; pass one as encoder=", file=folder)
         encoder = registry.create_encoder(name, **{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
     made = Classifier(copy.deepcopy(encoder), labels, points, head, dim)
     try: made.load_state_dict(load_file(folder / "model.safetensors"))
-    except SafetensorError as error: raise ValueError(f"{folder / 'model.safetensors'} cannot be read ({error}); it is damaged or no safetensors file") from error
-    except RuntimeError as error: raise ValueError(f"{folder} holds weights of another architecture than {type(encoder).__name__}: {error}") from error
+    except SafetensorError as error: raise InputError(f"{folder / 'model.safetensors'} cannot be read ({error}); it is damaged or no safetensors file") from error
+    except RuntimeError as error: raise InputError(f"{folder} holds weights of another architecture than {type(encoder).__name__}: {error}", file=folder) from error
     return made.to(device).eval()
 
 Classifier.save, Classifier.load = save_classifier, staticmethod(load_classifier)
@@ -293,10 +294,10 @@ def fine_tune(
 ) -> Tuning:
     "Train a classifier from a start"
     began, device, start = time.perf_counter(), pick_device(config.device), as_start(start)
-    if mode not in CHOICES["mode"]: raise ValueError(f"mode={mode!r} is unknown; choose from {', '.join(CHOICES['mode'])}")
+    if mode not in CHOICES["mode"]: raise InputError(f"mode={mode!r} is unknown; choose from {', '.join(CHOICES['mode'])}", field="mode", value=mode)
     points = config.points or start.points
     kept, held = hold_out(train.target, config.holdout, seed) if config.holdout else (torch.arange(len(train)), None)
-    if len(kept) < 2: raise ValueError(f"{len(kept)} training example(s) are too few to learn from")
+    if len(kept) < 2: raise InputError(f"{len(kept)} training example(s) are too few to learn from")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = Classifier(copy.deepcopy(start.encoder), train.labels, points, config.head).to(device)

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
+from .errors import InputError, MissingFile
 from .shapes import Collection, Shape, data_dir, read_shape, write_collection
 
 # %% ../nbs/04_furniture.ipynb #cell004
@@ -35,11 +36,11 @@ def unpack(
     folder: Path, # where it is unpacked
 ) -> list[Path]: # the five .sh3f libraries, in the order of LIBRARIES
     "Unpack the package and find its libraries."
-    if not package.is_file(): raise FileNotFoundError(f"{package}: no such package file; leave --package out to download it with apt")
+    if not package.is_file(): raise MissingFile(f"{package}: no such package file; leave --package out to download it with apt")
     subprocess.run(["dpkg", "-x", str(package), str(folder)], check=True)
     found = {path.stem: path for path in folder.rglob("*.sh3f")}
     missing = LIBRARIES.keys() - found.keys()
-    if missing: raise ValueError(f"{package}: libraries {sorted(missing)} are not in it; is it {PACKAGE}?")
+    if missing: raise InputError(f"{package}: libraries {sorted(missing)} are not in it; is it {PACKAGE}?")
     return [found[name] for name in LIBRARIES]
 
 # %% ../nbs/04_furniture.ipynb #cell006
@@ -97,8 +98,8 @@ TEXT_COLUMNS = ["id", "name", "category", "judged", "split", "caption", "query"]
 def read_texts(path: Path) -> pd.DataFrame: # one row a shape that is kept, columns TEXT_COLUMNS
     "Read the committed texts."
     texts = pd.read_csv(path, keep_default_na=False)
-    if list(texts) != TEXT_COLUMNS: raise ValueError(f"{path}: columns {list(texts)} are not {TEXT_COLUMNS}")
-    if texts["id"].duplicated().any(): raise ValueError(f"{path}: id {texts['id'][texts['id'].duplicated()].iloc[0]!r} stands twice")
+    if list(texts) != TEXT_COLUMNS: raise InputError(f"{path}: columns {list(texts)} are not {TEXT_COLUMNS}", file=path)
+    if texts["id"].duplicated().any(): raise InputError(f"{path}: id {texts['id'][texts['id'].duplicated()].iloc[0]!r} stands twice", file=path)
     return texts
 
 def read_models(
@@ -111,7 +112,7 @@ def read_models(
     entries = {f"{Path(a.filename).stem}/{m['id'].split('#')[1]}": (a, m) for a in archives
                for m in parse_catalogue(a.read("PluginFurnitureCatalog.properties").decode("latin-1"))}
     for row in tqdm(texts.to_dict("records"), desc="furniture", disable=None):
-        if row["id"] not in entries: raise ValueError(f"{row['id']!r} is in no library; is the package {PACKAGE}?")
+        if row["id"] not in entries: raise InputError(f"{row['id']!r} is in no library; is the package {PACKAGE}?")
         archive, model = entries[row["id"]]
         with tempfile.TemporaryDirectory() as folder: shape = read_model(archive, model, Path(folder))
         shape.name, shape.category, shape.caption, shape.query = (row[key] for key in ("name", "category", "caption", "query"))

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from .errors import InputError
 from .filters import Filter
 from .model import CG3D
 from .queries import as_vectors, embed_items, model_fingerprint, model_name, model_stamp, table_of, with_ids
@@ -36,7 +37,7 @@ class ShapeIndex:
         files: dict | None = None, # of the manifest it was opened from
     ):
         choose_kind(kind, len(vectors))
-        if not isinstance(fingerprint, str) or not fingerprint.strip(): raise ValueError(f"fingerprint={fingerprint!r}: an index needs the fingerprint of the model that made its vectors, see model_fingerprint")
+        if not isinstance(fingerprint, str) or not fingerprint.strip(): raise InputError(f"fingerprint={fingerprint!r}: an index needs the fingerprint of the model that made its vectors, see model_fingerprint", field="fingerprint", value=fingerprint)
         self.vectors, self.fingerprint, self.model, self.wanted, self.of, self.files = vectors, fingerprint, model, kind, of, files or {}
         if table is not None: self.table = table
         self._structure, self._bound, self._bound_stamp = None, None, None
@@ -52,8 +53,8 @@ class ShapeIndex:
     ) -> "ShapeIndex":
         "An index of embeddings that are there already."
         vectors = unit_rows(matrix)
-        if len(table) != len(vectors): raise ValueError(f"{len(vectors)} embeddings but {len(table)} rows in the table")
-        if not len(vectors): raise ValueError("there is nothing to index: 0 embeddings")
+        if len(table) != len(vectors): raise InputError(f"{len(vectors)} embeddings but {len(table)} rows in the table")
+        if not len(vectors): raise InputError("there is nothing to index: 0 embeddings")
         return cls(vectors, with_ids(table), fingerprint, model, kind, of)
 
     @classmethod
@@ -67,7 +68,7 @@ class ShapeIndex:
     ) -> "ShapeIndex":
         "Embed a collection, a list of shapes or a list of texts and index it."
         items = [items] if isinstance(items, (Shape, str)) else items
-        if not len(items): raise ValueError("there is nothing to index")
+        if not len(items): raise InputError("there is nothing to index")
         of = of if isinstance(items, Collection) else "text" if isinstance(items[0], str) else "shape"
         index = cls.from_embeddings(embed_items(model, items, of, progress), table_of(items), model_fingerprint(model), name or model_name(model), kind, of)
         return index.bind(model)
@@ -86,7 +87,7 @@ class ShapeIndex:
     def table(self) -> pd.DataFrame:
         "One row a vector: id, name and what else there is."
         table = pd.read_parquet(self.files["table.parquet"]["file"])
-        if len(table) != len(self): raise ValueError(f"{self.files['table.parquet']['file']} has {len(table):,} rows for {len(self):,} vectors; write the index again")
+        if len(table) != len(self): raise InputError(f"{self.files['table.parquet']['file']} has {len(table):,} rows for {len(self):,} vectors; write the index again")
         return table
 
     def __repr__(self) -> str: return f"ShapeIndex({len(self):,} x {self.dim}, {self.kind}, of {self.of!r} by {self.model or 'an unnamed model'} {self.fingerprint[:12]})"
@@ -99,7 +100,7 @@ class ShapeIndex:
         if self._bound is model and self._bound_stamp == stamp: return self # hashed before, and not written to since
         other = model_fingerprint(model)
         if other != self.fingerprint:
-            raise ValueError(f"this index was built by another model: {self.model or 'unnamed'}, fingerprint {self.fingerprint[:12]}, not {model_name(model)}, fingerprint {other[:12]}. "
+            raise InputError(f"this index was built by another model: {self.model or 'unnamed'}, fingerprint {self.fingerprint[:12]}, not {model_name(model)}, fingerprint {other[:12]}. "
                              "Their vectors cannot be compared; load the model that built it, or build the index again")
         self._bound, self._bound_stamp = model, stamp
         return self
@@ -123,18 +124,18 @@ class ShapeIndex:
     ) -> "ShapeIndex": # itself
         "Put further rows at the end."
         if isinstance(items, (np.ndarray, Tensor)):
-            if table is None or fingerprint is None: raise ValueError("embeddings are added with the table= of their words and the fingerprint= of their model")
-            if fingerprint != self.fingerprint: raise ValueError(f"these embeddings were made by another model: fingerprint {str(fingerprint)[:12]}, the index has {self.fingerprint[:12]}")
+            if table is None or fingerprint is None: raise InputError("embeddings are added with the table= of their words and the fingerprint= of their model")
+            if fingerprint != self.fingerprint: raise InputError(f"these embeddings were made by another model: fingerprint {str(fingerprint)[:12]}, the index has {self.fingerprint[:12]}")
             vectors = unit_rows(items)
         else:
             items = [items] if isinstance(items, (Shape, str)) else items
-            if not len(items): raise ValueError("there is nothing to add")
+            if not len(items): raise InputError("there is nothing to add")
             vectors, table = embed_items(self._model(model), items, self.of, progress), table_of(items)
-        if vectors.shape[1] != self.dim: raise ValueError(f"embeddings of length {vectors.shape[1]} do not fit an index of length {self.dim}")
-        if len(table) != len(vectors): raise ValueError(f"{len(vectors)} embeddings but {len(table)} rows in the table")
+        if vectors.shape[1] != self.dim: raise InputError(f"embeddings of length {vectors.shape[1]} do not fit an index of length {self.dim}")
+        if len(table) != len(vectors): raise InputError(f"{len(vectors)} embeddings but {len(table)} rows in the table")
         table = with_ids(table, self.table["id"])
         there = sorted(set(table["id"]) & set(self.table["id"]))
-        if there: raise ValueError(f"id {there[0]!r} is in the index already{f', and {len(there) - 1} others' if there[1:] else ''}; remove it first")
+        if there: raise InputError(f"id {there[0]!r} is in the index already{f', and {len(there) - 1} others' if there[1:] else ''}; remove it first")
         before = self.kind
         structure = self.structure() if self._structure is not None or "faiss.index" in self.files else None
         self.vectors, self.table = np.concatenate([self.vectors, vectors]), pd.concat([self.table, table], ignore_index=True)
@@ -147,12 +148,12 @@ class ShapeIndex:
         where: str | None = None, # or every row that matches
     ) -> int: # rows removed
         "Take rows out; a faiss structure is built anew when next needed."
-        if (ids is None) == (where is None): raise ValueError("remove takes ids or where, one of them")
+        if (ids is None) == (where is None): raise InputError("remove takes ids or where, one of them")
         if where is not None: gone = Filter(where, self.table).rows()
         else:
             ids = [ids] if isinstance(ids, str) else [str(item) for item in ids]
             unknown = sorted(set(ids) - set(self.table["id"]))
-            if unknown: raise ValueError(f"no row has the id {unknown[0]!r}; ids look like {', '.join(map(repr, self.table['id'][:3]))}")
+            if unknown: raise InputError(f"no row has the id {unknown[0]!r}; ids look like {', '.join(map(repr, self.table['id'][:3]))}")
             gone = self.table["id"].isin(ids).to_numpy()
         if gone.any():
             self.vectors, self.table = np.ascontiguousarray(self.vectors[~gone]), self.table[~gone].reset_index(drop=True)
@@ -171,10 +172,10 @@ class ShapeIndex:
         model: CG3D | None = None, # needed unless one is bound or embeddings are asked; checked by fingerprint
     ) -> pd.DataFrame: # query, rank (from 1), score (cosine), row, id, name, further columns; best first
         "The nearest rows of each query."
-        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1: raise ValueError(f"k={k!r} must be a whole number of at least 1")
-        if not len(self): raise ValueError("the index is empty: there is nothing to find")
+        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1: raise InputError(f"k={k!r} must be a whole number of at least 1", field="k", value=k)
+        if not len(self): raise InputError("the index is empty: there is nothing to find")
         labels, vectors = as_vectors(queries, self._model(model))
-        if vectors.shape[1] != self.dim: raise ValueError(f"a query of length {vectors.shape[1]} does not fit an index of length {self.dim}")
+        if vectors.shape[1] != self.dim: raise InputError(f"a query of length {vectors.shape[1]} does not fit an index of length {self.dim}")
         if where is not None: found = exact_top(self.vectors, vectors, k, np.flatnonzero(Filter(where, self.table).rows()))
         elif self.kind == "exact": found = exact_top(self.vectors, vectors, k)
         else: found = approximate_top(self.structure(), self.vectors, vectors, k)
@@ -204,15 +205,15 @@ class ShapeIndex:
     ) -> "ShapeIndex": # memory-mapped
         "Open an index without reading it: files are checked for their size, see also `verify`."
         facts = read_manifest(folder, ("vectors.npy", "table.parquet"))
-        if facts.get("format") != FORMAT: raise ValueError(f"{folder} has format {facts.get('format')!r}, this version of cg3d reads {FORMAT!r}")
+        if facts.get("format") != FORMAT: raise InputError(f"{folder} has format {facts.get('format')!r}, this version of cg3d reads {FORMAT!r}", file=folder)
         try:
             vectors = np.load(facts["files"]["vectors.npy"]["file"], mmap_mode="r", allow_pickle=False)
-            if vectors.shape != (facts["count"], facts["dim"]) or vectors.dtype != np.float32: raise ValueError(f"vectors {vectors.dtype} {vectors.shape}")
+            if vectors.shape != (facts["count"], facts["dim"]) or vectors.dtype != np.float32: raise InputError(f"vectors {vectors.dtype} {vectors.shape}")
             index = cls(vectors, None, facts["fingerprint"], facts["model"], facts["kind"], facts["of"], facts["files"])
-        except (ValueError, KeyError, EOFError) as error: raise ValueError(f"{folder} is damaged: its files and {MANIFEST} do not fit ({error}); write the index again") from error
+        except (ValueError, KeyError, EOFError) as error: raise InputError(f"{folder} is damaged: its files and {MANIFEST} do not fit ({error}); write the index again", file=folder) from error
         return index if model is None else index.bind(model)
 
     def verify(self) -> None:
         "Read every file that the index was opened from, and compare with the hashes of the manifest."
-        if not self.files: raise ValueError("this index lives in memory; open a saved one to verify its files")
+        if not self.files: raise InputError("this index lives in memory; open a saved one to verify its files")
         for entry in self.files.values(): check_hash(entry)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbone import Backbone
+from .errors import InputError, KindError
 from .plots import AMOUNT, data_uri, dress
 from .prompts import Prompts
 
@@ -37,7 +38,7 @@ def pixel_prompt(
     theme: str = "light",
 ) -> "Figure":
     "The picture that is added to every picture"
-    if "pixel" not in prompts.visual: raise ValueError(f"these prompts have no pixel prompt, only {'+'.join(prompts.visual + prompts.text) or 'none'}")
+    if "pixel" not in prompts.visual: raise InputError(f"these prompts have no pixel prompt, only {'+'.join(prompts.visual + prompts.text) or 'none'}")
     backbone = prompts.backbone
     with torch.no_grad():
         plain = backbone.preprocess(image[None].to(backbone.device))
@@ -53,7 +54,7 @@ def attention_weights(
     "What an attention layer hands out, and what it mixes"
     if isinstance(attention, nn.MultiheadAttention): projected, heads = F.linear(x, attention.in_proj_weight, attention.in_proj_bias), attention.num_heads
     elif hasattr(attention, "qkv"): projected, heads = attention.qkv(x), attention.num_heads
-    else: raise TypeError(f"no attention weights of a {type(attention).__name__}; a timm Attention or torch's MultiheadAttention is needed")
+    else: raise KindError(f"no attention weights of a {type(attention).__name__}; a timm Attention or torch's MultiheadAttention is needed")
     batch, length, width = x.shape
     q, k, v = projected.view(batch, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
     q, k = (norm(part) if norm is not None else part for norm, part in ((getattr(attention, "q_norm", None), q), (getattr(attention, "k_norm", None), k)))
@@ -66,7 +67,7 @@ def prompt_attention(
     images: Tensor, # views, (B, 3, H, W) in [0, 1]
 ) -> dict[str, Tensor]: # share: (blocks, B), the class token's attention that goes to the prompts; maps: (blocks, B, T, P), where each prompt token looks
     "How the image tower and its prompt tokens look at each other, averaged over heads"
-    if not {"shallow", "deep"} & set(prompts.visual): raise ValueError(f"these prompts have no tokens in the image tower, only {'+'.join(prompts.visual + prompts.text) or 'none'}; use deep or shallow")
+    if not {"shallow", "deep"} & set(prompts.visual): raise InputError(f"these prompts have no tokens in the image tower, only {'+'.join(prompts.visual + prompts.text) or 'none'}; use deep or shallow")
     backbone, seen = prompts.backbone, []
     def keep(module, args, kwargs): seen.append(attention_weights(module, args[0] if args else kwargs["query"])[0].mean(1))
     handles = [block.attn.register_forward_pre_hook(keep, with_kwargs=True) for block in backbone.image_blocks]
@@ -90,7 +91,7 @@ def attention_picture(
     share, maps = found["share"][:, 0], found["maps"][:, 0]
     blocks, tokens, patches = maps.shape
     side = round(patches ** 0.5)
-    if side * side != patches: raise ValueError(f"{patches} patches are no square; the tower of {prompts.backbone.name!r} cannot be drawn as a picture")
+    if side * side != patches: raise InputError(f"{patches} patches are no square; the tower of {prompts.backbone.name!r} cannot be drawn as a picture")
     titles = [title for block in range(blocks) for title in (f"block {block + 1}: {100 * share[block]:.0f} % of<br>the class token's attention", *(f"token {t + 1}" for t in range(tokens)))]
     figure = make_subplots(blocks, tokens + 1, subplot_titles=titles, horizontal_spacing=0.02, vertical_spacing=0.2 / blocks)
     for block in range(blocks):
@@ -110,8 +111,8 @@ def nearest_words(
 ) -> pd.DataFrame: # token, rank, word, cosine, by_chance
     "The words whose embeddings lie nearest to each vector"
     table = F.normalize(backbone.token_embedding.weight.detach().float(), dim=-1)
-    if vectors.ndim != 2 or vectors.shape[1] != table.shape[1]: raise ValueError(f"vectors must be (T, {table.shape[1]}), got {tuple(vectors.shape)}")
-    if not 1 <= k <= len(table): raise ValueError(f"k={k} must lie in 1..{len(table)}")
+    if vectors.ndim != 2 or vectors.shape[1] != table.shape[1]: raise InputError(f"vectors must be (T, {table.shape[1]}), got {tuple(vectors.shape)}")
+    if not 1 <= k <= len(table): raise InputError(f"k={k} must lie in 1..{len(table)}", field="k", value=k)
     random = torch.randn(256, table.shape[1], generator=torch.Generator().manual_seed(0)).to(table.device)
     chance = (F.normalize(random, dim=-1) @ table.T).amax(1).mean().item()
     cosine, at = (F.normalize(vectors.detach().float(), dim=-1) @ table.T).topk(k)
@@ -128,7 +129,7 @@ def context_words(
 ) -> "Figure":
     "The words nearest to each context vector, and how near"
     import plotly.graph_objects as go
-    if not prompts.text: raise ValueError(f"these prompts have no text context, only {'+'.join(prompts.visual) or 'none'}")
+    if not prompts.text: raise InputError(f"these prompts have no text context, only {'+'.join(prompts.visual) or 'none'}")
     table = nearest_words(prompts.context, prompts.backbone, k)
     words, cosines = (table.pivot(index="token", columns="rank", values=name) for name in ("word", "cosine"))
     drawn = go.Heatmap(z=cosines.to_numpy().round(3), text=words.to_numpy(), texttemplate="%{text}", colorscale=AMOUNT, zmin=0, zmax=1, colorbar=dict(title=dict(text="cosine")),
@@ -147,5 +148,5 @@ def prompt_inspector(
     if "pixel" in prompts.visual: figures["pixel"] = pixel_prompt(prompts, image, theme=theme)
     if {"shallow", "deep"} & set(prompts.visual): figures["attention"] = attention_picture(prompts, image, theme)
     if prompts.text: figures["words"] = context_words(prompts, theme=theme)
-    if not figures: raise ValueError("all prompts are off: there is nothing to look at")
+    if not figures: raise InputError("all prompts are off: there is nothing to look at")
     return figures

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .errors import InputError
+
 # %% ../nbs/39_layouts.ipynb #85cbc64f
 def _linear(name: str, out: int, into: int, bias: bool = True, ones: int = 0) -> dict[str, tuple]:  # `ones`: trailing kernel axes
     return {f"{name}.weight": (out, into, *[1] * ones)} | ({f"{name}.bias": (out,)} if bias else {})
@@ -194,7 +196,7 @@ def write_layout(
 ) -> Path:
     "A file of random numbers in a published layout."
     layouts = published_layouts(small_towers)
-    if name not in layouts: raise ValueError(f"no layout {name!r}; there are {', '.join(layouts)}")
+    if name not in layouts: raise InputError(f"no layout {name!r}; there are {', '.join(layouts)}")
     content: dict = {}
     for i, (container, shapes) in enumerate(layouts[name].items()):
         inner = content

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import TrainConfig
+from .errors import InputError
 from .losses import PAIRS
 
 # %% ../nbs/50_learner.ipynb #c07
@@ -57,8 +58,8 @@ def pick_device(name: str = "auto") -> torch.device:
     "The device asked for, or the best there is"
     if name == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try: device = torch.device(name)
-    except RuntimeError as error: raise ValueError(f"device={name!r} is no device of torch; use auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available(): raise ValueError(f"device={name!r} was asked for, but torch sees no CUDA device; use auto or cpu")
+    except RuntimeError as error: raise InputError(f"device={name!r} is no device of torch; use auto, cpu or cuda", field="device", value=name) from error
+    if device.type == "cuda" and not torch.cuda.is_available(): raise InputError(f"device={name!r} was asked for, but torch sees no CUDA device; use auto or cpu", field="device", value=name)
     return device
 
 def use_bf16(precision: str, device: torch.device) -> bool:
@@ -149,7 +150,7 @@ class Learner:
         augment: Callable | None = None, # augment(points, generator) -> points, on the device
         augment_images: Callable | None = None, # the same for views
     ):
-        if len(data) < 2: raise ValueError(f"{len(data)} training shape(s): a contrastive loss needs at least two")
+        if len(data) < 2: raise InputError(f"{len(data)} training shape(s): a contrastive loss needs at least two")
         self.model, self.loss, self.data, self.config, self.callbacks = model, loss, data, config, list(callbacks)
         self.augment, self.augment_images = augment, augment_images
         self.device = pick_device(config.device)

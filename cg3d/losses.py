@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import InputError
+
 # %% ../nbs/40_losses.ipynb #c07
 def pair_logits(
     a: Tensor, # embeddings of one kind, (B, D), any length: normalised here
@@ -98,10 +100,10 @@ class TriModalLoss(nn.Module):
         hard_negatives: float = 0.0, # 0 is off, see `harden`
     ):
         super().__init__()
-        if len(weights) != 3 or min(weights) < 0: raise ValueError(f"weights must be three numbers >= 0 for {PAIRS}, got {tuple(weights)}")
-        if positives not in POSITIVES: raise ValueError(f"unknown positives {positives!r}; choose one of {', '.join(POSITIVES)}")
-        if not 1 / MAX_SCALE <= temperature: raise ValueError(f"temperature must be at least {1 / MAX_SCALE}, got {temperature}")
-        if not 0 <= hard_negatives <= 1: raise ValueError(f"hard_negatives must lie in [0, 1], got {hard_negatives}")
+        if len(weights) != 3 or min(weights) < 0: raise InputError(f"weights must be three numbers >= 0 for {PAIRS}, got {tuple(weights)}")
+        if positives not in POSITIVES: raise InputError(f"unknown positives {positives!r}; choose one of {', '.join(POSITIVES)}")
+        if not 1 / MAX_SCALE <= temperature: raise InputError(f"temperature must be at least {1 / MAX_SCALE}, got {temperature}")
+        if not 0 <= hard_negatives <= 1: raise InputError(f"hard_negatives must lie in [0, 1], got {hard_negatives}")
         self.weights, self.positives, self.hard_negatives = dict(zip(PAIRS, map(float, weights))), positives, hard_negatives
         log_scale = torch.tensor(-math.log(temperature))
         if learnable: self.log_scale = nn.Parameter(log_scale)

@@ -13,13 +13,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .errors import InputError
+
 # %% ../nbs/42_metrics.ipynb #c04
 def _check(scores: Tensor, relevant: Tensor) -> None:
     "Refuse what would give a number without meaning"
-    if scores.ndim != 2 or scores.shape != relevant.shape: raise ValueError(f"scores and relevant must have one shape (queries, candidates), got {tuple(scores.shape)} and {tuple(relevant.shape)}")
-    if not scores.numel(): raise ValueError(f"there is nothing to score: shape {tuple(scores.shape)}")
-    if torch.isnan(scores).any(): raise ValueError(f"{int(torch.isnan(scores).sum())} scores are NaN")
-    if not (relevant.sum(-1) > 0).all(): raise ValueError(f"{int((relevant.sum(-1) == 0).sum())} queries have no right answer among the candidates; leave them out")
+    if scores.ndim != 2 or scores.shape != relevant.shape: raise InputError(f"scores and relevant must have one shape (queries, candidates), got {tuple(scores.shape)} and {tuple(relevant.shape)}")
+    if not scores.numel(): raise InputError(f"there is nothing to score: shape {tuple(scores.shape)}")
+    if torch.isnan(scores).any(): raise InputError(f"{int(torch.isnan(scores).sum())} scores are NaN")
+    if not (relevant.sum(-1) > 0).all(): raise InputError(f"{int((relevant.sum(-1) == 0).sum())} queries have no right answer among the candidates; leave them out")
 
 # %% ../nbs/42_metrics.ipynb #c05
 def first_rank(
@@ -39,7 +41,7 @@ def recall_at_k(
     k: int = 1, # how many places are looked at
 ) -> float: # in [0, 1]
     "Share of queries with a right answer in the first k places"
-    if k < 1: raise ValueError(f"k must be at least 1, got {k}")
+    if k < 1: raise InputError(f"k must be at least 1, got {k}")
     return (first_rank(scores, relevant) <= k).float().mean().item()
 
 def mean_rank(scores: Tensor, relevant: Tensor) -> float:
@@ -67,8 +69,8 @@ def mean_average_precision(
 # %% ../nbs/42_metrics.ipynb #c17
 def _one_hot(scores: Tensor, target: Tensor) -> Tensor: # (N, C) bool
     "True at the target of each row"
-    if target.shape != scores.shape[:1]: raise ValueError(f"one target a row is needed: scores {tuple(scores.shape)}, targets {tuple(target.shape)}")
-    if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < scores.shape[1]: raise ValueError(f"targets must lie in [0, {scores.shape[1]}), got {int(target.min())} to {int(target.max())}")
+    if target.shape != scores.shape[:1]: raise InputError(f"one target a row is needed: scores {tuple(scores.shape)}, targets {tuple(target.shape)}")
+    if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < scores.shape[1]: raise InputError(f"targets must lie in [0, {scores.shape[1]}), got {int(target.min())} to {int(target.max())}")
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, target[:, None], True)
 
 def top_k(
@@ -106,6 +108,6 @@ def iou(
 ) -> Tensor: # (...), in [0, 1]
     "Intersection over union of two masks; 1 when both are empty"
     predicted, target = predicted.bool(), target.bool()
-    if predicted.shape != target.shape: raise ValueError(f"masks differ in shape: {tuple(predicted.shape)} and {tuple(target.shape)}")
+    if predicted.shape != target.shape: raise InputError(f"masks differ in shape: {tuple(predicted.shape)} and {tuple(target.shape)}")
     union = (predicted | target).sum(-1)
     return torch.where(union > 0, (predicted & target).sum(-1) / union.clamp(min=1), 1.0)

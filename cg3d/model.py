@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .backbone import Backbone, fit_images, load_backbone
 from .encoders.registry import create_encoder
+from .errors import InputError, KindError, MissingFile
 from .points import check_points, farthest_point_sample, gather, normalize, with_colour
 from .prompts import Prompts
 from .shapes import Shape, data_dir
@@ -45,8 +46,8 @@ class CG3DConfig:
 
     def __post_init__(self):
         for name, kinds in (("encoder", str), ("encoder_cfg", dict), ("in_channels", int), ("points", int), ("clip", str), ("prompt_tokens", int)):
-            if not isinstance(getattr(self, name), kinds): raise TypeError(f"{name}={getattr(self, name)!r} must be {kinds.__name__}")
-        if self.points < 1: raise ValueError(f"points={self.points} must be at least 1")
+            if not isinstance(getattr(self, name), kinds): raise KindError(f"{name}={getattr(self, name)!r} must be {kinds.__name__}")
+        if self.points < 1: raise InputError(f"points={self.points} must be at least 1", field="points", value=self.points)
         settings = {key: tuple(value) if isinstance(value, list) else value for key, value in self.encoder_cfg.items()}  # JSON knows no tuples
         object.__setattr__(self, "encoder_cfg", settings)
 
@@ -58,7 +59,7 @@ class CG3DConfig:
         "A configuration from a dictionary, refusing what it does not know."
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(settings) - set(known))
-        if unknown: raise ValueError(f"unknown setting {', '.join(map(repr, unknown))} for a CG3D model; it knows {', '.join(known)}")
+        if unknown: raise InputError(f"unknown setting {', '.join(map(repr, unknown))} for a CG3D model; it knows {', '.join(known)}")
         return cls(**settings)
 
 # %% ../nbs/34_model.ipynb #902ba3cd
@@ -85,10 +86,10 @@ def as_points(
     if isinstance(x, Shape): x = [x]
     if isinstance(x, Tensor): clouds = resample(normalize(check_points(x, min_points=2)), count)
     else:
-        if not isinstance(x, Sequence) or isinstance(x, str): raise TypeError(f"embed takes a Shape, a list of Shapes or a tensor (B, N, 3 or 6), got {type(x).__name__}")
-        if not x: raise ValueError("there is nothing to embed: the list is empty")
+        if not isinstance(x, Sequence) or isinstance(x, str): raise KindError(f"embed takes a Shape, a list of Shapes or a tensor (B, N, 3 or 6), got {type(x).__name__}")
+        if not x: raise InputError("there is nothing to embed: the list is empty")
         wrong = next((item for item in x if not isinstance(item, Shape)), None)
-        if wrong is not None: raise TypeError(f"a list to embed holds Shapes, got {type(wrong).__name__}; read files with cg3d.read_shape, stack clouds to (B, N, 3 or 6)")
+        if wrong is not None: raise KindError(f"a list to embed holds Shapes, got {type(wrong).__name__}; read files with cg3d.read_shape, stack clouds to (B, N, 3 or 6)")
         clouds = torch.cat([resample(shape.cloud()[None], count) for shape in x])
     if channels == 3: return clouds[..., :3]
     return clouds if clouds.shape[-1] == 6 else with_colour(clouds)
@@ -100,14 +101,14 @@ def as_images(
 ) -> Tensor:  # (B, 3, *image_size), in [0, 1]
     "Pictures to one batch."
     if isinstance(x, (list, tuple)):
-        if not x: raise ValueError("there is no image to embed: the list is empty")
+        if not x: raise InputError("there is no image to embed: the list is empty")
         return torch.cat([as_images(item, backbone) for item in x])
     if hasattr(x, "convert"): x = _from_pil(x)
-    if not isinstance(x, Tensor): raise TypeError(f"an image is a PIL image or a float tensor (3, H, W), got {type(x).__name__}")
+    if not isinstance(x, Tensor): raise KindError(f"an image is a PIL image or a float tensor (3, H, W), got {type(x).__name__}")
     x = x[None] if x.ndim == 3 else x
-    if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape: raise ValueError(f"an image tensor is (3, H, W) or (B, 3, H, W), got {tuple(x.shape)}")
-    if not x.is_floating_point(): raise TypeError(f"an image tensor is float in [0, 1], got {x.dtype}; divide by 255")
-    if not ((x >= -1e-3) & (x <= 1 + 1e-3)).all(): raise ValueError(f"image values must lie in [0, 1], got {x.min():.3g} to {x.max():.3g}")
+    if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape: raise InputError(f"an image tensor is (3, H, W) or (B, 3, H, W), got {tuple(x.shape)}")
+    if not x.is_floating_point(): raise KindError(f"an image tensor is float in [0, 1], got {x.dtype}; divide by 255")
+    if not ((x >= -1e-3) & (x <= 1 + 1e-3)).all(): raise InputError(f"image values must lie in [0, 1], got {x.min():.3g} to {x.max():.3g}")
     return fit_images(x.float().to(backbone.device), backbone.image_size, backbone.cfg["resize_mode"], backbone.cfg["interpolation"])
 
 def _from_pil(image) -> Tensor:  # (3, H, W) in [0, 1], transparency over white
@@ -124,7 +125,7 @@ def load_towers(
 ) -> Backbone:  # frozen
     "The frozen image and text towers that a configuration names."
     if not clip.endswith((".pt", ".pth")): return load_backbone(clip, weights)
-    if weights: raise ValueError(f"clip_weights={weights!r} has no meaning for {clip!r}, which holds its own")
+    if weights: raise InputError(f"clip_weights={weights!r} has no meaning for {clip!r}, which holds its own", field="clip_weights", value=weights)
     from cg3d.slip import load_slip
     return load_slip(clip)[0]
 
@@ -141,7 +142,7 @@ class CG3D(nn.Module):
     ):
         super().__init__()
         if config.dim is not None and config.dim != backbone.dim:
-            raise ValueError(f"dim={config.dim}, but the backbone {backbone.name!r} embeds into {backbone.dim}; leave dim out")
+            raise InputError(f"dim={config.dim}, but the backbone {backbone.name!r} embeds into {backbone.dim}; leave dim out", field="dim", value=config.dim)
         self.encoder, self.backbone, self.prompts = encoder, backbone, prompts
         self.config = replace(config, dim=backbone.dim)
 
@@ -154,7 +155,7 @@ class CG3D(nn.Module):
         **settings,  # fields of CG3DConfig
     ) -> "CG3D":
         "A new model: encoder with random weights, backbone with its own."
-        if config is not None and settings: raise ValueError(f"give a config or settings, not both (got {sorted(settings)})")
+        if config is not None and settings: raise InputError(f"give a config or settings, not both (got {sorted(settings)})")
         config = config or CG3DConfig.from_dict(settings)
         if backbone is None: backbone = load_towers(config.clip, config.clip_weights)
         encoder = create_encoder(config.encoder, dim=backbone.dim, in_channels=config.in_channels, **config.encoder_cfg)
@@ -201,7 +202,7 @@ class CG3D(nn.Module):
     ) -> Tensor:  # unit vectors, (B, dim), float32
         "Texts to embeddings."
         texts = [texts] if isinstance(texts, str) else list(texts)
-        if not texts: raise ValueError("there is no text to embed: the list is empty")
+        if not texts: raise InputError("there is no text to embed: the list is empty")
         return self._in_batches(self.prompts.encode_text, texts, batch_size)
 
     def embed_image(
@@ -217,13 +218,13 @@ def checked_labels(
     labels: Sequence[str],  # names, for example "chair"
 ) -> list[str]:
     "Labels that can be told apart: at least one, none blank, none twice."
-    if isinstance(labels, str): raise TypeError(f"labels must be a list of names, got the single string {labels!r}; write [{labels!r}]")
+    if isinstance(labels, str): raise KindError(f"labels must be a list of names, got the single string {labels!r}; write [{labels!r}]")
     labels = list(labels)
-    if not labels: raise ValueError("labels is empty: name at least one")
+    if not labels: raise InputError("labels is empty: name at least one")
     for label in labels:
-        if not isinstance(label, str): raise TypeError(f"labels must be strings, got {label!r}")
-        if not label.strip(): raise ValueError("a label is blank")
-        if labels.count(label) > 1: raise ValueError(f"label {label!r} is given {labels.count(label)} times; it would share its probability with itself")
+        if not isinstance(label, str): raise KindError(f"labels must be strings, got {label!r}")
+        if not label.strip(): raise InputError("a label is blank")
+        if labels.count(label) > 1: raise InputError(f"label {label!r} is given {labels.count(label)} times; it would share its probability with itself")
     return labels
 
 def embed_labels(
@@ -234,7 +235,7 @@ def embed_labels(
     "Average each label over the templates."
     if isinstance(templates, str): templates = [templates]
     labels, templates = checked_labels(labels), list(templates)
-    if not templates: raise ValueError("templates is empty: give at least one, such as 'a {}.'")
+    if not templates: raise InputError("templates is empty: give at least one, such as 'a {}.'")
     sentences = model.embed_text([fill(template, label) for label in labels for template in templates])
     return F.normalize(sentences.view(len(labels), len(templates), -1).mean(1), dim=-1)
 
@@ -246,7 +247,7 @@ def classify(
     top: int | None = None,  # labels to keep a shape, all by default
 ) -> pd.DataFrame:  # row, shape, label, probability, similarity; best first
     "Which of the labels fits each shape."
-    if top is not None and top < 1: raise ValueError(f"top={top} must be at least 1")
+    if top is not None and top < 1: raise InputError(f"top={top} must be at least 1", field="top", value=top)
     directions = embed_labels(model, labels, templates)
     similarity = model.embed(x) @ directions.T
     probability = (similarity * model.logit_scale).softmax(-1)
@@ -297,7 +298,7 @@ def load_state(
     shapes = [f"{name} {tuple(state[name].shape)} for {tuple(value.shape)}" for name, value in own.items() if name in state and state[name].shape != value.shape]
     notes = [f"{what}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
              for what, names in (("missing", missing), ("unknown", extra), ("of another shape", shapes)) if names]
-    if notes: raise ValueError(f"{source} is of another architecture than {model.config.encoder!r} with these prompts. {'; '.join(notes)}")
+    if notes: raise InputError(f"{source} is of another architecture than {model.config.encoder!r} with these prompts. {'; '.join(notes)}")
     for part in ("encoder", "prompts"):
         getattr(model, part).load_state_dict({name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")})
     return model
@@ -313,15 +314,15 @@ def load(
     folder = data_dir() / PUBLISHED[str(name)] if str(name) in PUBLISHED else Path(name)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
-            raise FileNotFoundError(f"no model {str(name)!r}: {folder / file} is not there. Give a folder written by CG3D.save, or one of {', '.join(PUBLISHED)}")
+            raise MissingFile(f"no model {str(name)!r}: {folder / file} is not there. Give a folder written by CG3D.save, or one of {', '.join(PUBLISHED)}")
     try: config = CG3DConfig.from_dict(json.loads((folder / CONFIG_FILE).read_text()))
-    except (ValueError, TypeError) as error: raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
+    except (ValueError, TypeError) as error: raise InputError(f"{folder / CONFIG_FILE}: {error}") from error
     try: state = load_file(folder / WEIGHTS_FILE)
-    except SafetensorError as error: raise ValueError(f"{folder / WEIGHTS_FILE} cannot be read ({error}); it is damaged or no safetensors file") from error
+    except SafetensorError as error: raise InputError(f"{folder / WEIGHTS_FILE} cannot be read ({error}); it is damaged or no safetensors file") from error
     model = CG3D.build(config, backbone)
     if config.clip_fingerprint not in (None, model.backbone.fingerprint()):
-        raise ValueError(f"{folder} was trained against another {config.clip!r} (weights {config.clip_weights!r}): the fingerprints differ, "
-                         "so its embeddings mean nothing in this backbone's space; load the one it was trained with, or train again")
+        raise InputError(f"{folder} was trained against another {config.clip!r} (weights {config.clip_weights!r}): the fingerprints differ, "
+                         "so its embeddings mean nothing in this backbone's space; load the one it was trained with, or train again", file=folder)
     return load_state(model, state, str(folder)).to(device).eval()
 
 # %% ../nbs/34_model.ipynb #c5ha4e02

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbone import CONFIG_FILE, NANO_CONFIG, Backbone, load_backbone, register_nano_vit
+from .errors import InputError, KindError
 from .model import CG3D, CG3DConfig, save
 from .points import Augment
 from .prompts import Prompts
@@ -48,7 +49,7 @@ def train_points(
     torch.manual_seed(seed)
     rng, generator, steps = np.random.RandomState(seed), torch.Generator().manual_seed(seed), len(rows) // batch_size
     epochs = sum(count for count, _, _ in lessons)
-    if not steps: raise ValueError(f"{len(rows)} shapes are fewer than one batch of {batch_size}")
+    if not steps: raise InputError(f"{len(rows)} shapes are fewer than one batch of {batch_size}")
     wanted, inner = standardised(pooled.mean(1), rows), {}
     extra = nn.Linear(encoder.projection.in_features, wanted.shape[1])
     hook = encoder.projection.register_forward_pre_hook(lambda module, given: inner.update(x=given[0]))
@@ -233,11 +234,11 @@ class RecipeConfig:
 
     def __post_init__(self):
         for name, kind in self.__annotations__.items():
-            if type(getattr(self, name)) is not kind: raise TypeError(f"{name}={getattr(self, name)!r} is a {type(getattr(self, name)).__name__}; it takes a {kind.__name__}")
-            if kind is int and getattr(self, name) < (name != "seed"): raise ValueError(f"{name}={getattr(self, name)} is too small")
+            if type(getattr(self, name)) is not kind: raise KindError(f"{name}={getattr(self, name)!r} is a {type(getattr(self, name)).__name__}; it takes a {kind.__name__}")
+            if kind is int and getattr(self, name) < (name != "seed"): raise InputError(f"{name}={getattr(self, name)} is too small")
         unknown = sorted(set(self.stage_list) - set(STAGES))
-        if unknown or not self.stage_list: raise ValueError(f"stages={self.stages!r}: {unknown or 'nothing'} is no stage; join some of {', '.join(STAGES)} by commas")
-        if "text" in self.stage_list and not self.wordnet: raise ValueError("the stage text needs wordnet=FOLDER: apt-get download wordnet-base && dpkg -x wordnet-base_*.deb FOLDER, then FOLDER/usr/share/wordnet")
+        if unknown or not self.stage_list: raise InputError(f"stages={self.stages!r}: {unknown or 'nothing'} is no stage; join some of {', '.join(STAGES)} by commas", field="stages", value=self.stages)
+        if "text" in self.stage_list and not self.wordnet: raise InputError("the stage text needs wordnet=FOLDER: apt-get download wordnet-base && dpkg -x wordnet-base_*.deb FOLDER, then FOLDER/usr/share/wordnet")
 
     @property
     def stage_list(self) -> list[str]: return [part.strip() for part in self.stages.split(",") if part.strip()]

@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .errors import InputError, KindError, MissingFile, MissingPackage
 from .points import check_points, normalize
 from .shapes import Shape, pick
 from .stills import still
@@ -35,7 +36,7 @@ PLAIN = "#888888" # a cloud without colour; the groups beyond the eighth
 
 def look(theme: str) -> dict[str, str]: # ground, ink, grid
     "The three colours of a theme"
-    if theme not in THEMES: raise ValueError(f"no theme {theme!r}; there are {', '.join(THEMES)}")
+    if theme not in THEMES: raise InputError(f"no theme {theme!r}; there are {', '.join(THEMES)}")
     return THEMES[theme]
 
 def palette(theme: str = "light") -> list[str]:
@@ -74,7 +75,7 @@ def dots(
     "The Plotly trace of a cloud"
     import plotly.graph_objects as go
     if isinstance(points, Shape): points = points.cloud()
-    if not isinstance(points, Tensor) or points.ndim != 2: raise TypeError(f"cloud draws one Shape or one tensor (N, 3 or 6), got {tuple(points.shape) if isinstance(points, Tensor) else type(points).__name__}")
+    if not isinstance(points, Tensor) or points.ndim != 2: raise KindError(f"cloud draws one Shape or one tensor (N, 3 or 6), got {tuple(points.shape) if isinstance(points, Tensor) else type(points).__name__}")
     check_points(points[None])
     points = points[torch.from_numpy(pick(len(points), min(limit, len(points))))].detach().cpu()
     xyz = normalize(points[..., :3]).numpy().round(3)
@@ -99,7 +100,7 @@ def data_uri(
 ) -> str:
     "A picture as an address that holds it"
     from PIL import Image as Picture
-    if picture.ndim != 3 or len(picture) != 3: raise ValueError(f"a picture is (3, H, W), got {tuple(picture.shape)}")
+    if picture.ndim != 3 or len(picture) != 3: raise InputError(f"a picture is (3, H, W), got {tuple(picture.shape)}")
     pixels = (picture.detach().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
     Picture.fromarray(pixels).quantize(colours).save(buffer, "PNG", optimize=True)
@@ -117,9 +118,9 @@ def clouds_and_views(
     from plotly.subplots import make_subplots
     import plotly.graph_objects as go
     shapes = [shapes] if isinstance(shapes, Shape) else list(shapes)
-    if not shapes: raise ValueError("there is no shape to show: the list is empty")
+    if not shapes: raise InputError("there is no shape to show: the list is empty")
     if views is None: views = ring_pictures(shapes, count, size)
-    if views.ndim != 5 or len(views) != len(shapes): raise ValueError(f"views must be ({len(shapes)}, V, 3, H, W), got {tuple(views.shape)}")
+    if views.ndim != 5 or len(views) != len(shapes): raise InputError(f"views must be ({len(shapes)}, V, 3, H, W), got {tuple(views.shape)}")
     rows, columns = len(shapes), 1 + views.shape[1]
     figure = make_subplots(rows, columns, specs=[[{"type": "scene"}] + [{"type": "xy"}] * (columns - 1)] * rows, horizontal_spacing=0.01, vertical_spacing=0.06 / rows,
                            row_titles=[shape.name for shape in shapes], column_widths=[1.3] + [1] * (columns - 1))
@@ -145,8 +146,8 @@ def project(
 ) -> tuple[Tensor, Tensor | None]: # places (M, 2), share of the variance on each axis (2,), which only PCA has
     "A set of embeddings on a plane"
     x = embeddings.detach().cpu().double()
-    if x.ndim != 2 or len(x) < 3: raise ValueError(f"a map needs at least three embeddings (M, D), got {tuple(x.shape)}")
-    if method not in METHODS: raise ValueError(f"no method {method!r}; there are {', '.join(METHODS)}")
+    if x.ndim != 2 or len(x) < 3: raise InputError(f"a map needs at least three embeddings (M, D), got {tuple(x.shape)}")
+    if method not in METHODS: raise InputError(f"no method {method!r}; there are {', '.join(METHODS)}")
     for kind in set(kinds or ()):
         rows = torch.tensor([word == kind for word in kinds])
         x[rows] = x[rows] - x[rows].mean(0)
@@ -161,7 +162,7 @@ def bent(method: str, seed: int, count: int):
         from sklearn.manifold import TSNE
         return TSNE(2, metric="cosine", init="random", perplexity=min(30, (count - 1) / 3), random_state=seed)
     try: from umap import UMAP
-    except ImportError as error: raise ImportError("method='umap' needs umap-learn: pip install 'cg3d[umap]'; pca and tsne need nothing more") from error
+    except ImportError as error: raise MissingPackage("method='umap' needs umap-learn: pip install 'cg3d[umap]'; pca and tsne need nothing more") from error
     return UMAP(2, metric="cosine", n_neighbors=min(15, count - 1), init="random", random_state=seed, n_jobs=1)
 
 # %% ../nbs/70_plots.ipynb #c021
@@ -186,7 +187,7 @@ def embedding_map(
     import plotly.graph_objects as go
     names = list(labels if names is None else names)
     counts = {"embeddings": len(embeddings), "labels": len(labels), "kinds": len(kinds), "names": len(names)}
-    if len(set(counts.values())) > 1: raise ValueError(f"one label, kind and name for each embedding, got {counts}")
+    if len(set(counts.values())) > 1: raise InputError(f"one label, kind and name for each embedding, got {counts}")
     place, share = project(embeddings, ["shape" if kind == "own" else kind for kind in kinds] if align else None, method)
     table = pd.DataFrame(dict(x=place[:, 0].numpy().round(4), y=place[:, 1].numpy().round(4), label=list(labels), kind=list(kinds), name=names, row=range(len(names))))
     figure, colours = go.Figure(), group_colours(labels, theme)
@@ -208,9 +209,9 @@ def similarity(
     import torch.nn.functional as F
     from plotly.subplots import make_subplots
     for title, (a, b) in matrices.items():
-        if a.ndim != 2 or a.shape != b.shape: raise ValueError(f"{title!r}: two sets of embeddings (B, D) of one shape are needed, got {tuple(a.shape)} and {tuple(b.shape)}")
+        if a.ndim != 2 or a.shape != b.shape: raise InputError(f"{title!r}: two sets of embeddings (B, D) of one shape are needed, got {tuple(a.shape)} and {tuple(b.shape)}")
     cosines = {title: (F.normalize(a.detach().cpu().float(), dim=-1) @ F.normalize(b.detach().cpu().float(), dim=-1).T) for title, (a, b) in matrices.items()}
-    if not cosines: raise ValueError("there is no matrix to show: give at least one title and its two sets of embeddings")
+    if not cosines: raise InputError("there is no matrix to show: give at least one title and its two sets of embeddings")
     low, high = min(c.min().item() for c in cosines.values()), max(c.max().item() for c in cosines.values())
     right = {title: (c.argmax(1) == torch.arange(len(c))).float().mean().item() for title, c in cosines.items()}
     figure = make_subplots(1, len(cosines), subplot_titles=[f"{title}: {100 * share:.0f} % of the rows right" for title, share in right.items()], horizontal_spacing=0.06, shared_yaxes=True)
@@ -229,7 +230,7 @@ def read_metrics(
     if isinstance(metrics, pd.DataFrame): return metrics
     path = Path(metrics)
     path = path / "metrics.csv" if path.is_dir() else path
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such table; give the folder of a run, or its metrics.csv")
+    if not path.is_file(): raise MissingFile(f"{path}: no such table; give the folder of a run, or its metrics.csv", file=path)
     return pd.read_csv(path)
 
 def curves(
@@ -246,13 +247,13 @@ def curves(
     figure = go.Figure()
     for i, (run, table) in enumerate(runs.items()):
         missing = [name for name in (against, *columns) if name not in table]
-        if missing or not columns: raise ValueError(f"no column {', '.join(missing) or 'to draw'}{f' in run {run!r}' if run else ''}; the table has {', '.join(map(str, table.columns))}")
+        if missing or not columns: raise InputError(f"no column {', '.join(missing) or 'to draw'}{f' in run {run!r}' if run else ''}; the table has {', '.join(map(str, table.columns))}")
         for j, name in enumerate(columns):
             colour, dash = (i, j) if len(runs) > 1 else (j, 0)
             label = " · ".join(word for word in (run, name if len(columns) > 1 or not run else "") if word)
             figure.add_scatter(x=table[against], y=table[name], mode="lines" if len(table) > 1 else "markers", name=label,
                                line=dict(color=palette(theme)[colour % 8], width=3 if name == "loss" else 1.5, dash=DASHES[dash % 4]), marker=dict(color=palette(theme)[colour % 8]))
-    if not runs: raise ValueError("there is no run to draw")
+    if not runs: raise InputError("there is no run to draw")
     return dress(figure, theme, xaxis_title=against, yaxis_title=columns[0], width=640, height=360)
 
 # %% ../nbs/70_plots.ipynb #c033
@@ -264,9 +265,9 @@ def confusion_picture(
     "Confusion counts, coloured by the share of their row; answers that nobody gave are left out"
     import plotly.graph_objects as go
     counts = table.to_numpy()
-    if counts.ndim != 2 or not counts.size or (counts < 0).any(): raise ValueError(f"a confusion table holds counts >= 0, rows true and columns predicted; got shape {counts.shape}")
+    if counts.ndim != 2 or not counts.size or (counts < 0).any(): raise InputError(f"a confusion table holds counts >= 0, rows true and columns predicted; got shape {counts.shape}")
     table = table.loc[table.sum(axis=1) > 0, (table.sum(axis=0) > 0) | table.columns.isin(table.index[table.sum(axis=1) > 0])]
-    if table.empty: raise ValueError("every count of the confusion table is 0: there is nothing to show")
+    if table.empty: raise InputError("every count of the confusion table is 0: there is nothing to show")
     share, words = table.div(table.sum(axis=1), axis=0), table.astype(int).astype(str).where(table > 0, "")
     drawn = go.Heatmap(z=share.to_numpy().round(4), x=[str(c) for c in table.columns], y=[str(r) for r in table.index], text=words.to_numpy(), texttemplate="%{text}",
                        colorscale=COUNT, zmin=0, zmax=1, colorbar=dict(title=dict(text="share of the row")))
@@ -284,9 +285,9 @@ def heat_map(
     "A scene coloured by how well each point answers"
     import plotly.graph_objects as go
     points, heat = torch.as_tensor(points).detach().cpu().float(), torch.as_tensor(heat).detach().cpu().float()
-    if points.ndim != 2 or points.shape[1] not in (3, 6) or heat.shape != points.shape[:1]: raise ValueError(f"points (N, 3 or 6) and heat (N,) are needed, got {tuple(points.shape)} and {tuple(heat.shape)}")
+    if points.ndim != 2 or points.shape[1] not in (3, 6) or heat.shape != points.shape[:1]: raise InputError(f"points (N, 3 or 6) and heat (N,) are needed, got {tuple(points.shape)} and {tuple(heat.shape)}")
     check_points(points[None])
-    if not heat.isfinite().all(): raise ValueError(f"{int((~heat.isfinite()).sum())} of {len(heat)} heat values are NaN or infinite")
+    if not heat.isfinite().all(): raise InputError(f"{int((~heat.isfinite()).sum())} of {len(heat)} heat values are NaN or infinite")
     keep = torch.from_numpy(pick(len(points), min(limit, len(points))))
     xyz, warm = points[keep, :3].numpy().round(3), heat[keep].numpy().round(4)
     marker = dict(size=2.5, color=warm, colorscale=AMOUNT, cmin=float(heat.min()), cmax=float(heat.max()), showscale=True, colorbar=dict(title=dict(text="heat"), thickness=14))

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .errors import InputError, KindError
+
 # %% ../nbs/00_points.ipynb #dbaaa3e7
 MISSING_COLOUR = 0.4  # the value of r, g and b where a cloud has no colour
 
@@ -35,7 +37,7 @@ def with_colour(
 ) -> Tensor:  # (..., N, 6); rgb is `MISSING_COLOUR` where none was given
     "Points with six channels."
     if points.shape[-1] == 6: return points
-    if points.shape[-1] != 3: raise ValueError(f"points must have 3 (xyz) or 6 (xyz, rgb) channels, got {points.shape[-1]}")
+    if points.shape[-1] != 3: raise InputError(f"points must have 3 (xyz) or 6 (xyz, rgb) channels, got {points.shape[-1]}")
     return F.pad(points, (0, 3), value=MISSING_COLOUR)
 
 # %% ../nbs/00_points.ipynb #97316da5
@@ -44,16 +46,16 @@ def check_points(
     min_points: int = 1,  # fewest points a cloud may have, e.g. the groups of an encoder
 ) -> Tensor:  # the same tensor
     "Return `points` if it keeps the contract's form, raise a `TypeError` or `ValueError` that says what is wrong if not."
-    if not isinstance(points, Tensor): raise TypeError(f"points must be a torch.Tensor, got {type(points).__name__}; use torch.as_tensor(x).float()")
-    if points.ndim == 2: raise ValueError(f"points must be (B, N, 3 or 6), got {tuple(points.shape)}; add the batch axis with points[None]")
-    if points.ndim != 3 or points.shape[-1] not in (3, 6): raise ValueError(f"points must be (B, N, 3 or 6), got {tuple(points.shape)}")
-    if points.dtype != torch.float32: raise TypeError(f"points must be float32, got {points.dtype}; use points.float()")
-    if points.shape[0] == 0 or points.shape[1] == 0: raise ValueError(f"points are empty: shape {tuple(points.shape)}")
-    if points.shape[1] < min_points: raise ValueError(f"a cloud of {points.shape[1]} points is too small: at least {min_points} are needed")
+    if not isinstance(points, Tensor): raise KindError(f"points must be a torch.Tensor, got {type(points).__name__}; use torch.as_tensor(x).float()")
+    if points.ndim == 2: raise InputError(f"points must be (B, N, 3 or 6), got {tuple(points.shape)}; add the batch axis with points[None]")
+    if points.ndim != 3 or points.shape[-1] not in (3, 6): raise InputError(f"points must be (B, N, 3 or 6), got {tuple(points.shape)}")
+    if points.dtype != torch.float32: raise KindError(f"points must be float32, got {points.dtype}; use points.float()")
+    if points.shape[0] == 0 or points.shape[1] == 0: raise InputError(f"points are empty: shape {tuple(points.shape)}")
+    if points.shape[1] < min_points: raise InputError(f"a cloud of {points.shape[1]} points is too small: at least {min_points} are needed")
     bad = (~points.isfinite()).flatten(1).any(1)
-    if bad.any(): raise ValueError(f"points hold NaN or infinite values in clouds {bad.nonzero().flatten().tolist()[:8]}; remove those points first")
+    if bad.any(): raise InputError(f"points hold NaN or infinite values in clouds {bad.nonzero().flatten().tolist()[:8]}; remove those points first")
     same = (points[..., :3] == points[:, :1, :3]).flatten(1).all(1)
-    if points.shape[1] > 1 and same.any(): raise ValueError(f"all points coincide in clouds {same.nonzero().flatten().tolist()[:8]}: there is no shape to see")
+    if points.shape[1] > 1 and same.any(): raise InputError(f"all points coincide in clouds {same.nonzero().flatten().tolist()[:8]}: there is no shape to see")
     return points
 
 # %% ../nbs/00_points.ipynb #06ebb876
@@ -78,8 +80,8 @@ def farthest_point_sample(
 ) -> Tensor:  # indices into N, (B, k), int64
     "Iterative farthest point sampling (Eldar et al. 1997; PointNet++, arXiv:1706.02413)."
     B, N, _ = xyz.shape
-    if not 1 <= k <= N: raise ValueError(f"cannot take k={k} points from clouds of {N}; k must be in 1..{N}")
-    if not 0 <= start < N: raise ValueError(f"start={start} is not a point of a cloud of {N}")
+    if not 1 <= k <= N: raise InputError(f"cannot take k={k} points from clouds of {N}; k must be in 1..{N}", field="k", value=k)
+    if not 0 <= start < N: raise InputError(f"start={start} is not a point of a cloud of {N}", field="start", value=start)
     planes = xyz[..., :3].permute(2, 0, 1).contiguous()  # (3, B, N): one plane a coordinate
     last = torch.full((B, 1), start, device=xyz.device) if generator is None else (_rand((B, 1), generator, xyz.device) * N).long()
     gap = xyz.new_full((B, N), float("inf"))  # squared distance to the nearest taken point
@@ -117,7 +119,7 @@ def knn(
     max_pairs: int | None = None,  # largest distance table held at a time, in entries; None: as suits the device
 ) -> tuple[Tensor, Tensor]:  # distances (B, M, k), ascending, not squared; indices into N (B, M, k), int64
     "The k nearest reference points of each query, nearest first."
-    if not 1 <= k <= ref.shape[1]: raise ValueError(f"cannot find k={k} neighbours among {ref.shape[1]} points; k must be in 1..{ref.shape[1]}")
+    if not 1 <= k <= ref.shape[1]: raise InputError(f"cannot find k={k} neighbours among {ref.shape[1]} points; k must be in 1..{ref.shape[1]}", field="k", value=k)
     found = [_smallest(table, k) for table in _distance_chunks(query, ref, max_pairs)]
     return torch.cat([values for values, _ in found], 1).sqrt(), torch.cat([indices for _, indices in found], 1)
 
@@ -131,7 +133,7 @@ def ball_query(
     max_pairs: int | None = None,  # largest distance table held at a time
 ) -> Tensor:  # indices into N, (B, M, k), int64
     "The first k reference points within `radius`, padded with the first; the nearest one where the ball is empty (PointNet++, arXiv:1706.02413)."
-    if k < 1 or radius <= 0: raise ValueError(f"k must be at least 1 and radius above 0, got k={k}, radius={radius}")
+    if k < 1 or radius <= 0: raise InputError(f"k must be at least 1 and radius above 0, got k={k}, radius={radius}", field="k", value=k)
     N, found = ref.shape[1], []
     order = torch.arange(N, device=ref.device, dtype=torch.float32)
     for table in _distance_chunks(query, ref, max_pairs):
@@ -174,7 +176,7 @@ def _resample(points: Tensor, weight: Tensor) -> Tensor:  # (B, N, C), (B, N) >=
 # %% ../nbs/00_points.ipynb #12c7e2a8
 def _angles(value: float | Tensor, like: Tensor) -> Tensor:  # a number or (B,) -> (B,)
     value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
-    if value.ndim > 1 or (value.ndim == 1 and len(value) not in (1, len(like))): raise ValueError(f"give one angle or one a cloud ({len(like)}), got shape {tuple(value.shape)}")
+    if value.ndim > 1 or (value.ndim == 1 and len(value) not in (1, len(like))): raise InputError(f"give one angle or one a cloud ({len(like)}), got shape {tuple(value.shape)}")
     return value.expand(len(like))
 
 @torch.no_grad()
@@ -197,7 +199,7 @@ def depth_view(
 
 # %% ../nbs/00_points.ipynb #26678834
 def _chosen(points: Tensor, p: float, generator) -> Tensor:  # (B,) bool, each True with probability p
-    if not 0 <= p <= 1: raise ValueError(f"a probability must be in [0, 1], got {p}")
+    if not 0 <= p <= 1: raise InputError(f"a probability must be in [0, 1], got {p}")
     return _rand((len(points),), generator, points.device) < p
 
 def _between(points: Tensor, low: float, high: float, generator, columns: int = 1) -> Tensor:  # (B, columns), uniform
@@ -353,15 +355,15 @@ class Augment:
 
     def __post_init__(self):
         for name in ("rotate_p", "quarter_turns", "one_sided", "uneven", "tilt_p", "jitter_p", "to_origin", "to_origin_p", "colour_jitter", "colour_drop"):
-            if not 0 <= getattr(self, name) <= 1: raise ValueError(f"Augment.{name} must be in [0, 1], got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) <= 1: raise InputError(f"Augment.{name} must be in [0, 1], got {getattr(self, name)}")
         for name in ("rotate", "tilt", "translate", "jitter", "jitter_clip", "depth_noise"):
-            if not 0 <= getattr(self, name) < float("inf"): raise ValueError(f"Augment.{name} must be finite and not negative, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < float("inf"): raise InputError(f"Augment.{name} must be finite and not negative, got {getattr(self, name)}")
         for name in ("elevation", "scale"):
             pair = tuple(getattr(self, name))
-            if len(pair) != 2 or not pair[0] <= pair[1]: raise ValueError(f"Augment.{name} must be (low, high), got {pair}")
+            if len(pair) != 2 or not pair[0] <= pair[1]: raise InputError(f"Augment.{name} must be (low, high), got {pair}")
             object.__setattr__(self, name, pair)
-        if self.scale[0] <= 0: raise ValueError(f"Augment.scale must be above 0, got {self.scale}")
-        if self.elevation[0] < -90 or self.elevation[1] > 90: raise ValueError(f"Augment.elevation must be in -90..90 degrees, got {self.elevation}")
+        if self.scale[0] <= 0: raise InputError(f"Augment.scale must be above 0, got {self.scale}")
+        if self.elevation[0] < -90 or self.elevation[1] > 90: raise InputError(f"Augment.elevation must be in -90..90 degrees, got {self.elevation}")
 
     @classmethod
     def none(cls) -> "Augment": return cls()

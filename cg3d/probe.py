@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import InputError
 from .finetune import accuracies, features, relabel, settled
 from .model import CG3D
 from .render import ViewSettings, render_points, ring_views
@@ -103,8 +104,8 @@ def linear_probe(
 ) -> pd.DataFrame: # one row: accuracy, mean_class, C, validated (percent), train, test, classes, dim
     "Logistic regression on frozen features"
     from sklearn.model_selection import StratifiedKFold, cross_val_score
-    if folds < 2: raise ValueError(f"folds={folds}: cross-validation needs at least 2")
-    if not penalties or min(penalties) <= 0: raise ValueError(f"penalties={penalties!r}: give at least one C above 0")
+    if folds < 2: raise InputError(f"folds={folds}: cross-validation needs at least 2", field="folds", value=folds)
+    if not penalties or min(penalties) <= 0: raise InputError(f"penalties={penalties!r}: give at least one C above 0", field="penalties", value=penalties)
     x, answers, z, truth, names = _taken(encoder, train, test, labels, column, points, cache, device)
     parts = StratifiedKFold(min(folds, int(torch.bincount(answers).min())), shuffle=True, random_state=seed)
     validated = {C: cross_val_score(_regression(C), x.numpy(), answers.numpy(), cv=parts).mean() for C in penalties}
@@ -131,12 +132,12 @@ def few_shot(
 ) -> pd.DataFrame: # a row a number of shots: shots, seeds, accuracy, deviation, mean_class, mean_class_deviation, classes, short (classes with fewer examples than shots), test
     "Accuracy with a few labelled examples a class, mean and standard deviation over draws"
     from sklearn.linear_model import LogisticRegression
-    if not shots or min(shots) < 1 or seeds < 1: raise ValueError(f"shots={shots!r} and seeds={seeds} must be at least 1")
+    if not shots or min(shots) < 1 or seeds < 1: raise InputError(f"shots={shots!r} and seeds={seeds} must be at least 1", field="shots", value=shots)
     if labels is None: labels = enough(train, 2 if allow_fewer else max(shots), column)
     x, answers, z, truth, names = _taken(encoder, train, test, labels, column, points, cache, device)
     owned = torch.bincount(answers, minlength=len(names))
     few = [f"{name!r} has {int(n)}" for name, n in zip(names, owned) if n < max(shots)]
-    if few and not allow_fewer: raise ValueError(f"{max(shots)} shots are asked for, but {', '.join(few[:6])}{' ...' if len(few) > 6 else ''} training examples; leave them out (labels=...), ask for fewer shots or allow_fewer")
+    if few and not allow_fewer: raise InputError(f"{max(shots)} shots are asked for, but {', '.join(few[:6])}{' ...' if len(few) > 6 else ''} training examples; leave them out (labels=...), ask for fewer shots or allow_fewer")
     rows = []
     for seed in range(seeds):
         generator = torch.Generator().manual_seed(seed)
@@ -161,7 +162,7 @@ def enough(
     "Labels with so many examples"
     found = examples(collection, column=column)
     names = [name for name, n in zip(found.labels, torch.bincount(found.target)) if n >= max(2, count)]
-    if len(names) < 2: raise ValueError(f"{len(names)} label(s) of column {column!r} have {count} training examples; ask for fewer shots")
+    if len(names) < 2: raise InputError(f"{len(names)} label(s) of column {column!r} have {count} training examples; ask for fewer shots")
     return names
 
 # %% ../nbs/67_probe.ipynb #v02

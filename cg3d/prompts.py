@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import Backbone
+from .errors import InputError, KindError
 
 # %% ../nbs/32_prompts.ipynb #1b645389
 VISUAL_PROMPTS = ("pixel", "shallow", "deep")
@@ -26,10 +27,10 @@ def prompt_names(
 ) -> tuple[str, ...]:  # the chosen ones, in the order of `known`
     "Read a choice of prompts."
     if value is None or value in ("", "none"): return ()
-    if not isinstance(value, str): raise TypeError(f"prompts are named by a string such as {'+'.join(known)!r}, got {value!r}")
+    if not isinstance(value, str): raise KindError(f"prompts are named by a string such as {'+'.join(known)!r}, got {value!r}")
     chosen = value.split("+")
     unknown = [name for name in chosen if name not in known]
-    if unknown: raise ValueError(f"unknown prompt {unknown[0]!r} in {value!r}; there are {', '.join(known)} (joined by '+') and none")
+    if unknown: raise InputError(f"unknown prompt {unknown[0]!r} in {value!r}; there are {', '.join(known)} (joined by '+') and none")
     return tuple(name for name in known if name in chosen)
 
 # %% ../nbs/32_prompts.ipynb #902ba3cd
@@ -94,7 +95,7 @@ class Prompts(nn.Module):
         tokens: int = 5,  # prompt tokens a block, and context tokens of a text
     ):
         super().__init__()
-        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1: raise ValueError(f"tokens={tokens!r}: prompts need at least one token")
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1: raise InputError(f"tokens={tokens!r}: prompts need at least one token", field="tokens", value=tokens)
         self._backbone = (backbone,)  # in a tuple: no submodule
         self.visual, self.text, self.tokens = prompt_names(visual, VISUAL_PROMPTS), prompt_names(text, TEXT_PROMPTS), tokens
         if "pixel" in self.visual: self.pixel = nn.Parameter(torch.zeros(3, *backbone.image_size, device=backbone.device))
@@ -118,9 +119,9 @@ class Prompts(nn.Module):
     def _add_context(self) -> None:
         backbone = self.backbone
         for name in ("sot_token_id", "eot_token_id"):
-            if not hasattr(backbone.tokenizer, name): raise ValueError(f"text context needs CLIP's tokenizer (start and end tokens); {backbone.name!r} has another")
+            if not hasattr(backbone.tokenizer, name): raise InputError(f"text context needs CLIP's tokenizer (start and end tokens); {backbone.name!r} has another")
         length = backbone.tokenize("a").shape[1]
-        if self.tokens + 3 > length: raise ValueError(f"tokens={self.tokens} leaves no room for words: {backbone.name!r} reads {length} tokens")
+        if self.tokens + 3 > length: raise InputError(f"tokens={self.tokens} leaves no room for words: {backbone.name!r} reads {length} tokens", field="tokens", value=self.tokens)
         width = backbone.token_embedding.embedding_dim
         self.context = nn.Parameter(torch.empty(self.tokens, width, device=backbone.device).normal_(std=0.02))
 
@@ -134,7 +135,7 @@ class Prompts(nn.Module):
         tokens: Tensor,  # `Backbone.image_tokens` of the pictures, (B, prefix + patches, width)
     ) -> Tensor:  # un-normalised embeddings, (B, dim)
         "Pictures whose stem is already computed, to embeddings."
-        if not self.caches_tokens: raise ValueError("the pixel prompt changes what enters the stem: encode the images, not cached tokens")
+        if not self.caches_tokens: raise InputError("the pixel prompt changes what enters the stem: encode the images, not cached tokens")
         return self._encode_tokens(tokens)
 
     def _encode_tokens(self, tokens: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from .encoders.pointtransformer import PointTransformerConfig
 from .encoders.ppat import PPAT, PPATConfig
 from .encoders.registry import PointEncoder
 from .encoders.uni3d import Uni3D, Uni3DConfig
+from .errors import InputError, MissingFile
 from .model import CG3D, CG3DConfig, as_points
 from .points import check_points, normalize, with_colour
 from .prompts import Prompts
@@ -93,15 +94,15 @@ def recognise(
         return "ulip2" if first in s and s.size(first, 1, 3) == 6 else "ulip"
     if s.under("reduce_dim.") or s.under("local_grouper_list."): return "cg3d"
     if s.under("point_encoder.") or "pc_projection" in s:
-        raise ValueError(f"{s.path} looks like a ULIP checkpoint with another 3D encoder ({list(s.file.tensors)[0]!r} ...); of ULIP's encoders Point-BERT and PointMLP can be loaded")
-    raise ValueError(f"{s.path} belongs to none of {', '.join(FAMILIES)}: no tensor name is theirs. It holds {len(s.full)} tensors, the first are {list(s.file.tensors)[:4]}")
+        raise InputError(f"{s.path} looks like a ULIP checkpoint with another 3D encoder ({list(s.file.tensors)[0]!r} ...); of ULIP's encoders Point-BERT and PointMLP can be loaded")
+    raise InputError(f"{s.path} belongs to none of {', '.join(FAMILIES)}: no tensor name is theirs. It holds {len(s.full)} tensors, the first are {list(s.file.tensors)[:4]}")
 
 
 def _checked_family(s: Source, family: str | None) -> str:
     said, family = family, None if family is None else re.sub(r"[^a-z0-9]", "", str(family).lower())  # ULIP-2 is ulip2
-    if family is not None and family not in FAMILIES: raise ValueError(f"no family {said!r}; there are {', '.join(FAMILIES)}")
+    if family is not None and family not in FAMILIES: raise InputError(f"no family {said!r}; there are {', '.join(FAMILIES)}")
     found = recognise(s)
-    if family not in (None, found): raise ValueError(f"{s.path} is no {family} checkpoint: its tensors ({list(s.file.tensors)[0]!r} ...) are {found}'s. Leave family out, or say family={found!r}")
+    if family not in (None, found): raise InputError(f"{s.path} is no {family} checkpoint: its tensors ({list(s.file.tensors)[0]!r} ...) are {found}'s. Leave family out, or say family={found!r}", field="family", value=found)
     return found
 
 # %% ../nbs/38_published.ipynb #dc112f79
@@ -167,7 +168,7 @@ class PublishedModel(CG3D):
 
     def _attach(self, towers: Backbone, prompts: Prompts | None = None) -> None:
         if towers.dim != self.encoder.dim:
-            raise ValueError(f"{self.contract.model} embeds into {self.encoder.dim} numbers, the towers {towers.name!r} into {towers.dim}; it was trained against {self.contract.clip or 'SLIP ViT-B/16'} {self.contract.clip_weights or ''}")
+            raise InputError(f"{self.contract.model} embeds into {self.encoder.dim} numbers, the towers {towers.name!r} into {towers.dim}; it was trained against {self.contract.clip or 'SLIP ViT-B/16'} {self.contract.clip_weights or ''}")
         self._towers, self._prompts = towers, prompts or Prompts(towers, visual=None)
 
     @property
@@ -177,7 +178,7 @@ class PublishedModel(CG3D):
     def backbone(self) -> Backbone:
         "The towers; those that the contract names are loaded at the first use."
         if self._towers is None:
-            if self._missing: raise ValueError(self._missing)
+            if self._missing: raise InputError(self._missing)
             self._attach(load_backbone(self.contract.clip, self.contract.clip_weights, device=self.device))
         return self._towers
 
@@ -209,7 +210,7 @@ class PublishedModel(CG3D):
 
     def save(self, folder: str | Path, half: bool = False) -> Path:
         "Refused: a published model is its published file."
-        raise ValueError(f"{self.contract.model} is not saved in this package's format: keep {self.report.table.file.iloc[0]} and load it with cg3d.load_published")
+        raise InputError(f"{self.contract.model} is not saved in this package's format: keep {self.report.table.file.iloc[0]} and load it with cg3d.load_published")
 
 # %% ../nbs/38_published.ipynb #ddd73ace
 UNUSED = {  # per family: front of a name (regular expression), why it is not needed
@@ -241,7 +242,7 @@ def _network(s: Source, family: str, contract: Contract) -> PointEncoder:  # fil
 def _scale(s: Source) -> float | None:  # the file's factor on similarities
     for name in ("logit_scale", "logit_scale.logit_scale"):
         if name in s:
-            if s[name].numel() != 1: raise ValueError(f"{s.path}: {s.full[name]!r} has shape {tuple(s[name].shape)}; it is one number")
+            if s[name].numel() != 1: raise InputError(f"{s.path}: {s.full[name]!r} has shape {tuple(s[name].shape)}; it is one number")
             s.roles[name] = (True, "logit scale")
             return float(s[name].float().exp())
     return None
@@ -250,7 +251,7 @@ def _scale(s: Source) -> float | None:  # the file's factor on similarities
 def _slip_towers(s: Source) -> Backbone | None:  # those in the file itself: ULIP's
     if not any(s.under(prefix) for prefix in ("visual.", "transformer.", "token_embedding", "text_projection", "image_projection")): return None
     if s.size("pc_projection", 1, 2) != s.size("text_projection", 1, 2):
-        raise ValueError(f"{s.path}: {s.full['pc_projection']!r} has shape {tuple(s['pc_projection'].shape)}, but {s.full['text_projection']!r} ends in {s.size('text_projection', 1, 2)} numbers")
+        raise InputError(f"{s.path}: {s.full['pc_projection']!r} has shape {tuple(s['pc_projection'].shape)}, but {s.full['text_projection']!r} ends in {s.size('text_projection', 1, 2)} numbers")
     towers = build_slip(s)
     fill(s, towers, slip_name, "image and text towers")
     return as_backbone(towers, f"SLIP in {Path(s.path).name}")
@@ -294,7 +295,7 @@ def _hub_file(name: str, filename: str | None) -> Path:  # "ORG/REPO", "ORG/REPO
     try: return Path(huggingface_hub.hf_hub_download(f"{org}/{repo}", wanted, **kind))
     except Exception as error:  # no network, no such repository, no such file, offline mode: the remedy is the same
         reason = (str(error).strip().splitlines() or [""])[0][:110]
-        raise FileNotFoundError(f"{wanted!r} of the hub's {org}/{repo} could not be fetched ({type(error).__name__}: {reason}). Without a network (HF_HUB_OFFLINE=1 skips the wait), "
+        raise MissingFile(f"{wanted!r} of the hub's {org}/{repo} could not be fetched ({type(error).__name__}: {reason}). Without a network (HF_HUB_OFFLINE=1 skips the wait), "
                                 "download the file elsewhere and pass its path") from None
     finally: log.setLevel(level)
 
@@ -305,10 +306,10 @@ def _find(path: str | Path, filename: str | None) -> Path:
     if Path(path).is_dir():
         inside = Path(path) / (filename or "model.pt")
         if inside.is_file(): return inside
-        raise FileNotFoundError(f"{inside}: no such file; name the weight file in {name} with filename=")
+        raise MissingFile(f"{inside}: no such file; name the weight file in {name} with filename=")
     parts = name.removeprefix("hf-hub:").split("/")
     local = isinstance(path, Path) or name.startswith((".", "/", "~")) or len(parts) < 2 or (len(parts) == 2 and Path(name).suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors")) or Path(parts[0]).is_dir()
-    if local or not all(re.fullmatch(r"[\w.-]+", part) for part in parts): raise FileNotFoundError(f"{name}: no such file. Give the path of a weight file, or a hub id such as 'OpenShape/openshape-pointbert-vitg14-rgb'")
+    if local or not all(re.fullmatch(r"[\w.-]+", part) for part in parts): raise MissingFile(f"{name}: no such file. Give the path of a weight file, or a hub id such as 'OpenShape/openshape-pointbert-vitg14-rgb'")
     return _hub_file(name.removeprefix("hf-hub:"), filename)
 
 # %% ../nbs/38_published.ipynb #c2c1208e
@@ -327,7 +328,7 @@ def load_published(
 ) -> PublishedModel:  # in evaluation mode
     "Load published weights; every tensor is used or named in `.report`, and anything unexpected is an error."
     unknown = sorted(set(contract) - set(CHANGEABLE))
-    if unknown: raise ValueError(f"load_published has no setting {unknown[0]!r}; of a contract it changes {', '.join(CHANGEABLE)}")
+    if unknown: raise InputError(f"load_published has no setting {unknown[0]!r}; of a contract it changes {', '.join(CHANGEABLE)}")
     file = _find(path, filename)
     return assemble(read_checkpoint(file), family, contract | ({} if points is None else {"points": points}), clip, clip_weights).to(device).eval()
 
@@ -346,7 +347,7 @@ def assemble(
     contract = replace(contract, **(changes or {}))
     if "points" in (changes or {}): notes = ()
     if family == "openshape" and contract.groups is None:
-        raise ValueError(f"{s.path}: these sizes are none of OpenShape's scalings, so its patches are unknown; say groups=, radius= and neighbours=. They were read from {', '.join(map(repr, s.sized))}")
+        raise InputError(f"{s.path}: these sizes are none of OpenShape's scalings, so its patches are unknown; say groups=, radius= and neighbours=. They were read from {', '.join(map(repr, s.sized))}")
     with s.building(): encoder = PublishedEncoder(_network(s, family, contract), contract)
     towers, prompts, others, missing = _towers(s, family, clip, clip_weights)
     scale = _scale(s)
@@ -383,5 +384,5 @@ def _slip_path(s: Source, family: str, clip, clip_weights) -> Path | None:
     if isinstance(clip, (str, Path)) and Path(clip).is_file(): return Path(clip)
     beside = Path(s.path).parent / "slip_base_100ep.pt"
     if clip is None and family == "cg3d" and beside.is_file(): return beside
-    if clip == "slip" or (isinstance(clip, Path) and not clip.is_dir()) or (isinstance(clip, str) and clip.endswith((".pt", ".pth"))): raise FileNotFoundError(f"{clip}: no such SLIP file; pass clip='PATH/slip_base_100ep.pt'")
+    if clip == "slip" or (isinstance(clip, Path) and not clip.is_dir()) or (isinstance(clip, str) and clip.endswith((".pt", ".pth"))): raise MissingFile(f"{clip}: no such SLIP file; pass clip='PATH/slip_base_100ep.pt'")
     return None

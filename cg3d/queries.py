@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import InputError, KindError
 from .model import CG3D, trained_state
 from .render import random_views, render_points, ring_views
 from .shapes import Collection, Shape
@@ -29,7 +30,7 @@ def model_fingerprint(
     model: CG3D,
 ) -> str: # 64 hexadecimal digits
     "SHA-256 over all weights of a model and what else decides its embeddings"
-    if not isinstance(model, CG3D): raise TypeError(f"a fingerprint is taken of a CG3D model, got {type(model).__name__}")
+    if not isinstance(model, CG3D): raise KindError(f"a fingerprint is taken of a CG3D model, got {type(model).__name__}")
     digest = hashlib.sha256(f"{model.backbone.fingerprint()} {model.config.points} {model.config.in_channels}".encode())
     for name, value in sorted(trained_state(model).items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
@@ -61,11 +62,11 @@ def check_texts(
 ) -> list[str]:
     "Refuse queries that ask for nothing; warn of those that the tower cannot read"
     texts = list(texts)
-    if not texts: raise ValueError("there is no query: the list is empty")
+    if not texts: raise InputError("there is no query: the list is empty")
     for i, text in enumerate(texts):
-        if not isinstance(text, str): raise TypeError(f"query {i} is a {type(text).__name__} among texts: {text!r}")
-        if not text.strip(): raise ValueError(f"query {i} is {'empty' if not text else 'blank'}; say what to look for")
-        if not any(letter.isalnum() for letter in text): raise ValueError(f"query {i} is {text!r}, which holds no word; say what to look for")
+        if not isinstance(text, str): raise KindError(f"query {i} is a {type(text).__name__} among texts: {text!r}")
+        if not text.strip(): raise InputError(f"query {i} is {'empty' if not text else 'blank'}; say what to look for")
+        if not any(letter.isalnum() for letter in text): raise InputError(f"query {i} is {text!r}, which holds no word; say what to look for")
         script = None if any(part in tower.lower() for part in POLYGLOT) else other_script(text)
         if script: warnings.warn(f"query {text!r} is written in {script} script, but {tower!r} was taught in English: the answer means little; translate the query", stacklevel=3)
     return texts
@@ -77,17 +78,17 @@ def as_vectors(
 ) -> tuple[list[str], np.ndarray]: # a label for each, float32 unit rows (Q, D)
     "Queries of any kind to embeddings"
     several = isinstance(queries, (list, tuple))
-    if several and not queries: raise ValueError("there is no query: the list is empty")
+    if several and not queries: raise InputError("there is no query: the list is empty")
     first = queries[0] if several else queries
-    if several and len({isinstance(item, str) for item in queries}) > 1: raise TypeError(f"queries are of one kind, got {sorted({type(item).__name__ for item in queries})}")
+    if several and len({isinstance(item, str) for item in queries}) > 1: raise KindError(f"queries are of one kind, got {sorted({type(item).__name__ for item in queries})}")
     is_array = isinstance(first, (np.ndarray, Tensor))
     if is_array and not several and queries.ndim <= 2: # embeddings
         vectors = unit_rows(queries[None] if queries.ndim == 1 else queries, "the queries")
-        if not len(vectors): raise ValueError("there is no query: the array is empty")
+        if not len(vectors): raise InputError("there is no query: the array is empty")
         return [f"vector {i}" for i in range(len(vectors))], vectors
     if is_array and several and first.ndim == 1: return as_vectors(np.stack([np.asarray(item) for item in queries]))
     texts = check_texts(queries if several else [queries], "nano" if model is None else model.backbone.name) if isinstance(first, str) else None
-    if model is None: raise ValueError("to search by text, picture or shape, pass the model= that the index was built with")
+    if model is None: raise InputError("to search by text, picture or shape, pass the model= that the index was built with")
     if texts: return texts, unit_rows(model.embed_text(texts))
     if isinstance(first, Shape):
         shapes = list(queries) if several else [queries]
@@ -97,7 +98,7 @@ def as_vectors(
     if hasattr(first, "convert") or isinstance(first, Tensor):
         vectors = unit_rows(model.embed_image(queries))
         return [f"picture {i}" for i in range(len(vectors))], vectors
-    raise TypeError(f"a query is a text, a Shape, a picture (PIL or float tensor (3, H, W)), an embedding (D,), or a list of one kind; got {type(first).__name__}")
+    raise KindError(f"a query is a text, a Shape, a picture (PIL or float tensor (3, H, W)), an embedding (D,), or a list of one kind; got {type(first).__name__}")
 
 # %% ../nbs/58_queries.ipynb #q12
 def with_ids(
@@ -106,7 +107,7 @@ def with_ids(
 ) -> pd.DataFrame: # a copy with text columns `id` and `name`
     "Give every row an id and a name"
     table = table.reset_index(drop=True).rename(columns=str)
-    if not {"id", "name"} & set(table): raise ValueError(f"the table has no column 'name' and no column 'id'; it has {', '.join(table) or 'none'}")
+    if not {"id", "name"} & set(table): raise InputError(f"the table has no column 'name' and no column 'id'; it has {', '.join(table) or 'none'}")
     names = table["name" if "name" in table else "id"].fillna("").astype(str)
     ids = (table["id"] if "id" in table else pd.Series("", table.index)).fillna("").astype(str)
     used = set(taken) | set(ids)
@@ -153,7 +154,7 @@ def embed_items(
     "Embed a collection, shapes or texts"
     if not isinstance(items, Collection): return as_vectors(list(items), model)[1]
     if of not in ("shape", "picture"):
-        if of not in items.table: raise ValueError(f"of={of!r} is neither 'shape' nor 'picture' nor a column; the columns are {', '.join(items.table)}")
+        if of not in items.table: raise InputError(f"of={of!r} is neither 'shape' nor 'picture' nor a column; the columns are {', '.join(items.table)}", field="of", value=of)
         return unit_rows(model.embed_text(check_texts(items.table[of].fillna("").astype(str), model.backbone.name)))
     from tqdm.auto import tqdm
     parts = [slice(first, first + 64) for first in range(0, len(items), 64)]

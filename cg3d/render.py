@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import InputError, KindError, MissingFile
 from .points import MISSING_COLOUR, check_points, with_colour
 
 if TYPE_CHECKING:
@@ -47,11 +48,11 @@ class ViewSettings:
     def __post_init__(self):
         for name in ('size', 'distance', 'fov', 'splat', 'min_radius', 'points_per_pixel', 'softness', 'normal_scale',
                      'spacing_neighbours', 'normal_neighbours'):
-            if not getattr(self, name) > 0: raise ValueError(f"ViewSettings.{name} must be above 0, got {getattr(self, name)!r}")
-        if self.distance <= 1: raise ValueError(f"ViewSettings.distance={self.distance!r} puts the camera inside the shape; use more than 1")
-        if self.fov >= 180: raise ValueError(f"ViewSettings.fov={self.fov!r} must be below 180 degrees")
+            if not getattr(self, name) > 0: raise InputError(f"ViewSettings.{name} must be above 0, got {getattr(self, name)!r}")
+        if self.distance <= 1: raise InputError(f"ViewSettings.distance={self.distance!r} puts the camera inside the shape; use more than 1")
+        if self.fov >= 180: raise InputError(f"ViewSettings.fov={self.fov!r} must be below 180 degrees")
         if self.max_radius < self.min_radius:
-            raise ValueError(f"ViewSettings.max_radius={self.max_radius!r} is below min_radius={self.min_radius!r}")
+            raise InputError(f"ViewSettings.max_radius={self.max_radius!r} is below min_radius={self.min_radius!r}", field="min_radius", value=self.min_radius)
 
 # %% ../nbs/12_render.ipynb #c08
 def ring_views(
@@ -60,7 +61,7 @@ def ring_views(
     start: float = 30.,     # azimuth of the first view, degrees
 ) -> tuple[Tensor, Tensor]: # azimuth and elevation, both (n,), degrees
     "Cameras evenly spaced on a ring about the up axis."
-    if n < 1: raise ValueError(f"ring_views needs n >= 1, got {n}")
+    if n < 1: raise InputError(f"ring_views needs n >= 1, got {n}")
     return (start + torch.arange(n) * (360. / n)) % 360, torch.full((n,), float(elevation))
 
 def random_views(
@@ -71,7 +72,7 @@ def random_views(
     "Cameras at random azimuth and elevation, CG3D section 4 (rendering as in GET3D)."
     shape = (n,) if isinstance(n, int) else tuple(n)
     low, high = elevation
-    if not -90 < low <= high < 90: raise ValueError(f"elevation must be (low, high) within -90 and 90 degrees, got {elevation}")
+    if not -90 < low <= high < 90: raise InputError(f"elevation must be (low, high) within -90 and 90 degrees, got {elevation}")
     azimuth = torch.rand(shape, generator=generator) * 360
     return azimuth, low + torch.rand(shape, generator=generator) * (high - low)
 
@@ -211,7 +212,7 @@ def _angles(azimuth, elevation, batch: int, device) -> tuple[Tensor, Tensor]:
     pair = torch.broadcast_tensors(*(torch.as_tensor(a, dtype=torch.float32, device=device) for a in (azimuth, elevation)))
     pair = [a.reshape(1, -1) if a.ndim < 2 else a for a in pair]
     if pair[0].ndim != 2 or len(pair[0]) not in (1, batch) or pair[0].numel() == 0:
-        raise ValueError(f"azimuth and elevation must be (V,) or ({batch}, V) with V >= 1, got {tuple(pair[0].shape)}")
+        raise InputError(f"azimuth and elevation must be (V,) or ({batch}, V) with V >= 1, got {tuple(pair[0].shape)}")
     return tuple(a.expand(batch, -1) for a in pair)
 
 @torch.no_grad()
@@ -251,16 +252,16 @@ def _parts(mesh: Any, up: str) -> list[trimesh.Trimesh]:
     "Triangle parts in world coordinates, centred and scaled into the unit sphere, y up."
     import trimesh
     if isinstance(mesh, (str, Path)):
-        if not Path(mesh).exists(): raise FileNotFoundError(f"no mesh at {mesh}")
+        if not Path(mesh).exists(): raise MissingFile(f"no mesh at {mesh}")
         mesh = trimesh.load_scene(mesh)
-    if up not in ('y', 'z'): raise ValueError(f"up must be 'y' or 'z', got {up!r}")
+    if up not in ('y', 'z'): raise InputError(f"up must be 'y' or 'z', got {up!r}")
     parts = [mesh.copy()] if isinstance(mesh, trimesh.Trimesh) else mesh.dump() if isinstance(mesh, trimesh.Scene) else None
-    if parts is None: raise TypeError(f"render_mesh takes a path, trimesh.Trimesh, trimesh.Scene or PyTorch3D Meshes, got {type(mesh).__name__}")
+    if parts is None: raise KindError(f"render_mesh takes a path, trimesh.Trimesh, trimesh.Scene or PyTorch3D Meshes, got {type(mesh).__name__}")
     parts = [part for part in parts if isinstance(part, trimesh.Trimesh) and len(part.faces)]
-    if not parts: raise ValueError("the mesh has no triangles; read it as a cloud and use render_points")
+    if not parts: raise InputError("the mesh has no triangles; read it as a cloud and use render_points")
     if up == 'z': parts = [part.apply_transform(trimesh.transformations.rotation_matrix(-math.pi / 2, (1, 0, 0))) for part in parts]
     area = np.concatenate([part.area_faces for part in parts])
-    if not np.isfinite(area).all() or area.sum() <= 0: raise ValueError("the mesh has no surface (zero or NaN area)")
+    if not np.isfinite(area).all() or area.sum() <= 0: raise InputError("the mesh has no surface (zero or NaN area)")
     centre = (np.concatenate([part.triangles_center for part in parts]) * area[:, None]).sum(0) / area.sum()
     radius = max(np.linalg.norm(part.triangles - centre, axis=-1).max() for part in parts)
     for part in parts: part.apply_translation(-centre).apply_scale(1 / radius)
@@ -319,7 +320,7 @@ def render_mesh(
     from pytorch3d.structures import Meshes
     size = size or settings.size
     given, (azimuth, elevation) = isinstance(mesh, Meshes), _angles(azimuth, elevation, 1, 'cpu')
-    if given and (len(mesh) != 1 or mesh.textures is None): raise ValueError("render_mesh takes one Meshes with textures at a time")
+    if given and (len(mesh) != 1 or mesh.textures is None): raise InputError("render_mesh takes one Meshes with textures at a time")
     parts = [] if given else _parts(mesh, up)
     triangles = mesh.verts_packed()[mesh.faces_packed()] if given else torch.from_numpy(np.concatenate([p.triangles for p in parts])).float()
     solid = mesh if given else Meshes([triangles.reshape(-1, 3)], [torch.arange(3 * len(triangles)).view(-1, 3)])

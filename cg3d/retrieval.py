@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import TrainConfig, checked, several
+from .errors import InputError
 from .index import ShapeIndex
 from .metrics import mean_average_precision, median_rank, recall_at_k
 from .model import CG3D
@@ -92,7 +93,7 @@ def relevance(
     words = table[text].fillna("").astype(str).str.strip().tolist() if "text" in task else []
     if "text" in task: return same_words(words, words)
     if task == "image -> shape": return torch.eye(len(table), dtype=torch.bool)
-    if "category" not in table: raise ValueError(f"{task!r} needs a column 'category'; the table has {', '.join(table)}")
+    if "category" not in table: raise InputError(f"{task!r} needs a column 'category'; the table has {', '.join(table)}")
     nouns = table["category"].fillna("").astype(str).str.strip()
     if "judged" in table: nouns = nouns.where(table["judged"] == 1, "")
     return same_words(nouns.tolist(), nouns.tolist()) & ~torch.eye(len(table), dtype=torch.bool)
@@ -107,12 +108,12 @@ def retrieval_scores(
     "Retrieval over a collection by the 3D encoder, by the image tower alone, and by chance"
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
     unknown = [task for task in tasks if task not in TASKS]
-    if unknown or not tasks: raise ValueError(f"unknown task {', '.join(map(repr, unknown)) or '(none given)'}; choose from {', '.join(TASKS)}")
+    if unknown or not tasks: raise InputError(f"unknown task {', '.join(map(repr, unknown)) or '(none given)'}; choose from {', '.join(TASKS)}")
     kinds = {kind for task in tasks for kind in task.split(" -> ")}
-    if "text" in kinds and text not in collection.table: raise ValueError(f"no column {text!r} to ask with; the table has {', '.join(map(str, collection.table))}")
+    if "text" in kinds and text not in collection.table: raise InputError(f"no column {text!r} to ask with; the table has {', '.join(map(str, collection.table))}")
     rights = {task: relevance(task, collection, text) for task in tasks}
     for task, right in rights.items():
-        if not right.any(): raise ValueError(f"{task!r}: no row has a right answer in this collection of {len(collection)}")
+        if not right.any(): raise InputError(f"{task!r}: no row has a right answer in this collection of {len(collection)}")
     vectors, found = retrieval_vectors(model, collection, kinds, text, seed), []
     for task, right in rights.items():
         asks, answers = task.split(" -> ")
@@ -145,7 +146,7 @@ def pictures(
     ids = collection.table["id"].astype(str) if "id" in collection.table else with_ids(collection.table)["id"]
     place = {key: row for row, key in reversed(list(enumerate(ids)))} # where an id repeats, its first row
     at = [row if row < len(ids) and ids[row] == key else place.get(key) for row, key in zip(results["row"], results["id"])]
-    if None in at: raise ValueError(f"id {results['id'].iloc[at.index(None)]!r} was found but is not in {collection!r}; pass the collection that the index was built from")
+    if None in at: raise InputError(f"id {results['id'].iloc[at.index(None)]!r} was found but is not in {collection!r}; pass the collection that the index was built from")
     unique = sorted(set(at))
     azimuth, elevation = ring_views(1)
     views = render_points(collection.points(np.array(unique, int)), azimuth, elevation, size)[:, 0] if unique else torch.zeros(0, 3, size, size)
@@ -160,7 +161,7 @@ def results_image(
 ) -> "Image": # PIL, 64 colours, so that a notebook stays small
     "A row of rendered shapes a query, with scores and names"
     from PIL import Image, ImageDraw, ImageFont
-    if results.empty: raise ValueError("there are no results to draw")
+    if results.empty: raise InputError("there are no results to draw")
     font, line, row = ImageFont.load_default(12), (results["rank"] == 1).cumsum().to_numpy() - 1, size + 54
     sheet = Image.new("RGB", (size * int(results["rank"].max()), row * (line[-1] + 1)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -185,7 +186,7 @@ def results_figure(
     import base64
     import io
     from plotly.subplots import make_subplots
-    if results.empty: raise ValueError("there are no results to draw")
+    if results.empty: raise InputError("there are no results to draw")
     line, columns = (results["rank"] == 1).cumsum().to_numpy(), int(results["rank"].max())
     titles = {(int(row), int(rank)): f"{score:.2f} {name[:18]}" for row, rank, score, name in zip(line, results["rank"], results["score"], results["name"])}
     figure = make_subplots(int(line[-1]), columns, subplot_titles=[titles.get((row + 1, rank + 1), "") for row in range(line[-1]) for rank in range(columns)],
@@ -216,10 +217,10 @@ class RetrievalConfig:
 
     def __post_init__(self):
         for field in fields(self): object.__setattr__(self, field.name, checked(field.name, getattr(self, field.name), field.type))
-        if self.k < 1: raise ValueError(f"k={self.k} must be at least 1")
+        if self.k < 1: raise InputError(f"k={self.k} must be at least 1", field="k", value=self.k)
         choose_kind(self.kind, 0)
         for task in self.task_list():
-            if task not in TASKS: raise ValueError(f"tasks: {task!r} is unknown; choose from {', '.join(TASKS)}")
+            if task not in TASKS: raise InputError(f"tasks: {task!r} is unknown; choose from {', '.join(TASKS)}")
 
     def task_list(self) -> list[str]:
         "The tasks, separated by commas in the parameter."

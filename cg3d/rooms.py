@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.spatial import cKDTree
 
+from .errors import InputError
 from .shapes import Collection, Shape, furniture
 from .scans import Scene
 
@@ -33,9 +34,9 @@ class RoomSettings:
     fewest: int = 600  # points of the smallest piece
 
     def __post_init__(self):
-        if not 0.005 <= self.spacing <= 0.2: raise ValueError(f"spacing={self.spacing} must be in 0.005..0.2 metres")
-        if min(self.floor_things, self.small_things) < 0 or self.floor_things < 1: raise ValueError(f"floor_things={self.floor_things} must be at least 1 and small_things={self.small_things} not negative")
-        if not 0 < min(self.low) or any(a > b for a, b in zip(self.low, self.high)): raise ValueError(f"low={self.low}, high={self.high}: the smallest room, then the largest, in metres")
+        if not 0.005 <= self.spacing <= 0.2: raise InputError(f"spacing={self.spacing} must be in 0.005..0.2 metres", field="spacing", value=self.spacing)
+        if min(self.floor_things, self.small_things) < 0 or self.floor_things < 1: raise InputError(f"floor_things={self.floor_things} must be at least 1 and small_things={self.small_things} not negative", field="floor_things", value=self.floor_things)
+        if not 0 < min(self.low) or any(a > b for a, b in zip(self.low, self.high)): raise InputError(f"low={self.low}, high={self.high}: the smallest room, then the largest, in metres", field="low", value=self.low)
 
 # %% ../nbs/46_rooms.ipynb #06984a75
 def surface(
@@ -45,8 +46,8 @@ def surface(
     generator: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:  # xyz (n, 3), metres, standing on y = 0, centred; colours (n, 3)
     "A piece at its real size, about as dense as the rest of the room."
-    if shape.size is None: raise ValueError(f"{shape}: its size in metres is not known; give Shape(size=(width, height, depth))")
-    if len(shape.points) < 5: raise ValueError(f"{shape}: a surface needs at least 5 points")
+    if shape.size is None: raise InputError(f"{shape}: its size in metres is not known; give Shape(size=(width, height, depth))")
+    if len(shape.points) < 5: raise InputError(f"{shape}: a surface needs at least 5 points")
     cloud = shape.cloud().numpy()
     xyz, rgb = cloud[:, :3], cloud[:, 3:]
     extent = np.ptp(xyz, axis=0)
@@ -75,7 +76,7 @@ def _kinds(table) -> np.ndarray:  # (S,), str
 def pieces(collection: Collection, settings: RoomSettings) -> tuple[list[int], list[int]]:  # rows of pieces for the floor, and of those that stand on them
     "Which shapes of a collection can stand in a room."
     table = collection.table
-    if not {"width", "height", "depth"} <= set(table): raise ValueError(f"{collection} has no sizes: rooms need the columns width, height and depth in metres, there are {list(table)}")
+    if not {"width", "height", "depth"} <= set(table): raise InputError(f"{collection} has no sizes: rooms need the columns width, height and depth in metres, there are {list(table)}")
     size = table[["width", "height", "depth"]].to_numpy(float)  # NaN compares as False: without a size a shape is left out
     fits = (size[:, 1] < settings.height - 0.2) & (np.sort(size, 1)[:, 2] < 2.7) & (np.sort(size, 1)[:, 0] > 0.02) & ~np.isin(_kinds(table), ELSEWHERE)
     small = fits & (size.max(1) < 0.5)
@@ -188,9 +189,9 @@ def look(
     eyes: Sequence[Sequence[float]] | None = None,  # places of the cameras; None: near the corners, at eye level
 ) -> Scene:  # the points that are seen, each moved along its ray
     "What depth cameras see of a scene, fused."
-    if cameras < 1: raise ValueError(f"cameras={cameras} must be at least 1")
-    if not 0 <= noise < math.inf: raise ValueError(f"noise={noise} must be finite and not negative; 1 is a Kinect's, 0 none")
-    if eyes is not None and (np.ndim(eyes) != 2 or np.shape(eyes)[1] != 3): raise ValueError(f"eyes must be places (x, y, z) in metres, one a camera, got the shape {np.shape(eyes)}")
+    if cameras < 1: raise InputError(f"cameras={cameras} must be at least 1", field="cameras", value=cameras)
+    if not 0 <= noise < math.inf: raise InputError(f"noise={noise} must be finite and not negative; 1 is a Kinect's, 0 none", field="noise", value=noise)
+    if eyes is not None and (np.ndim(eyes) != 2 or np.shape(eyes)[1] != 3): raise InputError(f"eyes must be places (x, y, z) in metres, one a camera, got the shape {np.shape(eyes)}")
     generator = np.random.default_rng([seed, 1])
     xyz = scene.upright
     low, high = xyz.min(0), xyz.max(0)
@@ -206,7 +207,7 @@ def look(
         depth = np.linalg.norm(ray, axis=1)
         moved[fresh] += (ray / depth[:, None] * (noise * depth_error(depth) * generator.normal(size=len(ray)))[:, None]).astype(np.float32)
         seen |= fresh
-    if seen.sum() < 10: raise ValueError(f"{scene.name}: the cameras see {int(seen.sum())} points of {len(xyz)}; place them elsewhere (eyes=)")
+    if seen.sum() < 10: raise InputError(f"{scene.name}: the cameras see {int(seen.sum())} points of {len(xyz)}; place them elsewhere (eyes=)")
     return scene.subset(seen, points=moved[seen])
 
 # %% ../nbs/46_rooms.ipynb #0e2ce407
@@ -249,10 +250,10 @@ class _Furnishing:
     def need(self, row: int) -> None:
         "Put a piece that was asked for by its row."
         shape, (x, z) = self.collection[row], self.area[1]
-        if shape.size is None: raise ValueError(f"row {row}, {shape}, has no size in metres and cannot stand in a room; leave it out")
-        if shape.size[1] > self.settings.height: raise ValueError(f"row {row}, {shape}, is higher than the room ({self.settings.height} m); leave it out or give RoomSettings(height=)")
+        if shape.size is None: raise InputError(f"row {row}, {shape}, has no size in metres and cannot stand in a room; leave it out")
+        if shape.size[1] > self.settings.height: raise InputError(f"row {row}, {shape}, is higher than the room ({self.settings.height} m); leave it out or give RoomSettings(height=)")
         if not self.put_on_floor(row):
-            raise ValueError(f"row {row}, {shape}, finds no place in a room of {x:.1f} x {z:.1f} x {self.settings.height:.1f} m with {len(self.rows)} things in it: give a larger size=, fewer rows= or another seed=")
+            raise InputError(f"row {row}, {shape}, finds no place in a room of {x:.1f} x {z:.1f} x {self.settings.height:.1f} m with {len(self.rows)} things in it: give a larger size=, fewer rows= or another seed=")
 
 def _drawn(collection: Collection, rows: list[int], count: int, generator) -> list[int]:
     "Shapes without repeats, each category about as likely as any other, so that a room is not all chairs."
@@ -274,10 +275,10 @@ def compose_room(
 ) -> Scene:  # y up, with instances, -1 for floor and walls; `scene.shapes` holds the rows of the collection
     "Furnish a room with shapes at their real sizes."
     collection = furniture().select(split="test") if collection is None else collection
-    if rows is not None and objects is not None: raise ValueError("give rows= or objects=, not both")
+    if rows is not None and objects is not None: raise InputError("give rows= or objects=, not both")
     generator = np.random.default_rng(seed)
     large, small = pieces(collection, settings)
-    if not large and rows is None: raise ValueError(f"{collection}: no shape that fits a room (each needs width, height and depth in metres)")
+    if not large and rows is None: raise InputError(f"{collection}: no shape that fits a room (each needs width, height and depth in metres)")
     room = generator.uniform(settings.low, settings.high)
     if size is not None: room = _checked_size(size)
     made = _Furnishing(collection, room, settings, generator)
@@ -286,7 +287,7 @@ def compose_room(
     else:
         for row in _drawn(collection, large, settings.floor_things, generator): made.put_on_floor(row)
         if tops := made.tops(): made.put_on_tops(_drawn(collection, small, settings.small_things, generator), tops)
-        if not made.rows: raise ValueError(f"none of {settings.floor_things} pieces finds a place in a room of {room[0]:.1f} x {room[1]:.1f} m: give a larger size= or another seed=")
+        if not made.rows: raise InputError(f"none of {settings.floor_things} pieces finds a place in a room of {room[0]:.1f} x {room[1]:.1f} m: give a larger size= or another seed=")
     parts = [*made.parts, shell(room, settings, generator)]
     xyz, rgb = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
     instance = np.repeat([*range(len(made.rows)), -1], [len(part[0]) for part in parts])
@@ -296,19 +297,19 @@ def compose_room(
 
 def _checked_size(size: Sequence[float]) -> np.ndarray:
     room = np.asarray(size, float)
-    if room.shape != (2,) or not (np.isfinite(room) & (room >= 1) & (room <= 50)).all(): raise ValueError(f"size={size!r} must be width and depth of the room, 1 to 50 metres each")
+    if room.shape != (2,) or not (np.isfinite(room) & (room >= 1) & (room <= 50)).all(): raise InputError(f"size={size!r} must be width and depth of the room, 1 to 50 metres each", field="size", value=size)
     return room
 
 def _furnish_with(made: _Furnishing, rows: Sequence[int], small: list[int]) -> None:
     rows, count = [int(row) for row in rows], len(made.collection)
-    if not rows: raise ValueError("rows= is empty: name at least one shape")
-    if wrong := [row for row in rows if not 0 <= row < count]: raise ValueError(f"rows={wrong[:8]} are not rows of {made.collection}; there are 0 to {count - 1}")
+    if not rows: raise InputError("rows= is empty: name at least one shape")
+    if wrong := [row for row in rows if not 0 <= row < count]: raise InputError(f"rows={wrong[:8]} are not rows of {made.collection}; there are 0 to {count - 1}")
     for row in rows:
         if row not in small: made.need(row)
     for row in made.put_on_tops([row for row in rows if row in small], made.tops()): made.need(row)
 
 def _furnish_exactly(made: _Furnishing, objects: int, large: list[int], small: list[int]) -> None:
-    if not 1 <= objects <= len(large) + len(small): raise ValueError(f"objects={objects} must be in 1..{len(large) + len(small)}, so many shapes of {made.collection} fit a room")
+    if not 1 <= objects <= len(large) + len(small): raise InputError(f"objects={objects} must be in 1..{len(large) + len(small)}, so many shapes of {made.collection} fit a room", field="objects", value=objects)
     on_top = min(objects // 3, made.settings.small_things)
     order = iter(_drawn(made.collection, large, len(large), made.generator))
     for wanted in (objects - on_top, objects):
@@ -316,4 +317,4 @@ def _furnish_exactly(made: _Furnishing, objects: int, large: list[int], small: l
         if wanted < objects: made.put_on_tops(_drawn(made.collection, small, on_top, made.generator), made.tops())
     if len(made.rows) < objects:
         x, z = made.area[1]
-        raise ValueError(f"only {len(made.rows)} of {objects} objects find a place in a room of {x:.1f} x {z:.1f} m: give a larger size=, fewer objects= or another seed=")
+        raise InputError(f"only {len(made.rows)} of {objects} objects find a place in a room of {x:.1f} x {z:.1f} m: give a larger size=, fewer objects= or another seed=")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from .config import checked, run_folder
+from .errors import Cg3dError, InputError, MissingFile, MissingPackage
 
 if TYPE_CHECKING: import pandas as pd
 
@@ -30,14 +31,14 @@ def home(
     here = Path(cg3d.__file__).parent
     marks = {"nbs": "train.ipynb", "recipes": "quick.yaml"}
     found = next((folder for folder in (here / what, here.parent / what) if (folder / marks[what]).is_file()), None)
-    if found is None: raise FileNotFoundError(f"no folder {what!r} in {here} or beside it; reinstall cg3d or work in its checkout")
+    if found is None: raise MissingFile(f"no folder {what!r} in {here} or beside it; reinstall cg3d or work in its checkout")
     return found
 
 def job_notebook(job: str) -> Path:
     "The notebook of a job."
-    if job not in JOBS: raise ValueError(f"no job {job!r}; there are {', '.join(JOBS)}")
+    if job not in JOBS: raise InputError(f"no job {job!r}; there are {', '.join(JOBS)}")
     path = home("nbs") / f"{JOBS[job]}.ipynb"
-    if not path.is_file(): raise FileNotFoundError(f"{path}: the notebook of {job!r} is not there; reinstall cg3d")
+    if not path.is_file(): raise MissingFile(f"{path}: the notebook of {job!r} is not there; reinstall cg3d", file=path)
     return path
 
 # %% ../nbs/76_runjob.ipynb #c07
@@ -56,7 +57,7 @@ def parameters_of(
     import json
     cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
     source = next(("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])), None)
-    if source is None: raise ValueError(f"{notebook}: no cell with the tag 'parameters'")
+    if source is None: raise InputError(f"{notebook}: no cell with the tag 'parameters'", file=notebook)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     notes = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     kinds = {kind.__name__: kind for kind in (bool, int, float, str)}
@@ -83,11 +84,11 @@ def read_recipe(
     import yaml
     path = Path(recipe)
     if path.suffix not in (".yaml", ".yml"): path = home("recipes") / f"{recipe}.yaml"
-    if not path.is_file(): raise FileNotFoundError(f"no recipe {recipe!r}: give a .yaml file, or one of {', '.join(sorted(p.stem for p in home('recipes').glob('*.yaml')))}")
+    if not path.is_file(): raise MissingFile(f"no recipe {recipe!r}: give a .yaml file, or one of {', '.join(sorted(p.stem for p in home('recipes').glob('*.yaml')))}")
     try: values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error: raise ValueError(f"{path}: not YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error: raise InputError(f"{path}: not YAML: {error}", file=path) from error
     if values is None: return {}
-    if not isinstance(values, dict): raise ValueError(f"{path}: a recipe is a list of 'name: value' lines, found {type(values).__name__}")
+    if not isinstance(values, dict): raise InputError(f"{path}: a recipe is a list of 'name: value' lines, found {type(values).__name__}", file=path)
     return values
 
 # %% ../nbs/76_runjob.ipynb #c11
@@ -101,11 +102,11 @@ def job_values(
     values = {name: value for recipe in recipes for name, value in read_recipe(recipe).items()}
     values |= {name: read_value(text, known[name].kind) if name in known else text for name, text in pairs}
     unknown = sorted(set(values) - set(known))
-    if unknown: raise ValueError(f"{job} has no parameter {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
+    if unknown: raise InputError(f"{job} has no parameter {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
     return {name: checked(name, value, known[name].kind) for name, value in values.items()}
 
 # %% ../nbs/76_runjob.ipynb #c14
-class JobError(Exception):
+class JobError(Cg3dError):
     "A cell of a job has failed."
     def __init__(self, message: str, kind: str):
         super().__init__(message)
@@ -136,13 +137,13 @@ def run_job(
 ) -> Run:
     "Execute a job notebook."
     try: import papermill
-    except ModuleNotFoundError as error: raise ModuleNotFoundError("jobs need papermill and a notebook kernel: pip install 'cg3d[notebooks]'", name=error.name) from error
+    except ModuleNotFoundError as error: raise MissingPackage("jobs need papermill and a notebook kernel: pip install 'cg3d[notebooks]'", value=error.name) from error
     from jupyter_client.kernelspec import NoSuchKernel
     from papermill.exceptions import PapermillExecutionError
     notebook, folder = run_place(job, values, notebook)
     notebook.parent.mkdir(parents=True, exist_ok=True)
     try: papermill.execute_notebook(job_notebook(job), notebook, values, kernel_name="python3", progress_bar=progress, stdout_file=stream, stderr_file=stream)
-    except NoSuchKernel as error: raise ModuleNotFoundError("there is no notebook kernel 'python3': pip install 'cg3d[notebooks]'", name="ipykernel") from error
+    except NoSuchKernel as error: raise MissingPackage("there is no notebook kernel 'python3': pip install 'cg3d[notebooks]'", value="ipykernel") from error
     except PapermillExecutionError as error: raise JobError(f"{job} stopped: {error.evalue} ({error.ename}; the traceback is in {notebook})", error.ename) from error
     return Run(notebook, folder, _results(folder))
 

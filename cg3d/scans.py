@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .errors import InputError, KindError, MissingFile
 from .files import MAX_POINTS, CLOUD_SUFFIXES, MESH_SUFFIXES, check_count, read_points, unit_colours
 from .points import MISSING_COLOUR
 from .shapes import UP_BY_SUFFIX
@@ -42,10 +43,10 @@ def up_vector(
 ) -> np.ndarray:  # (3,), unit
     "The direction that is up."
     if isinstance(up, str):
-        if up not in AXES: raise ValueError(f"up={up!r} is not one of {', '.join(AXES)}, nor a direction of three numbers")
+        if up not in AXES: raise InputError(f"up={up!r} is not one of {', '.join(AXES)}, nor a direction of three numbers", field="up", value=up)
         return np.array(AXES[up])
     vector = np.asarray(up, float)
-    if vector.shape != (3,) or not np.isfinite(vector).all() or not vector.any(): raise ValueError(f"up={up!r} is not one of {', '.join(AXES)}, nor a direction of three numbers")
+    if vector.shape != (3,) or not np.isfinite(vector).all() or not vector.any(): raise InputError(f"up={up!r} is not one of {', '.join(AXES)}, nor a direction of three numbers", field="up", value=up)
     return vector / np.linalg.norm(vector)
 
 def turn_to_y(
@@ -102,11 +103,11 @@ class Scene:
     def __post_init__(self):
         self.notes, self._cache = [], {}
         self.points = np.asarray(self.points)
-        if self.points.ndim != 2 or self.points.shape[1] != 3: raise ValueError(f"a scene's points must be (N, 3), got {self.points.shape}; pass colours as colors=")
-        if self.points.dtype.kind not in "fiu": raise TypeError(f"a scene's points must be numbers, got {self.points.dtype}")
+        if self.points.ndim != 2 or self.points.shape[1] != 3: raise InputError(f"a scene's points must be (N, 3), got {self.points.shape}; pass colours as colors=")
+        if self.points.dtype.kind not in "fiu": raise KindError(f"a scene's points must be numbers, got {self.points.dtype}")
         for what in ("colors", "normals"):
             value = getattr(self, what)
-            if value is not None and np.shape(value) != self.points.shape: raise ValueError(f"{what} {np.shape(value)} do not match points {self.points.shape}")
+            if value is not None and np.shape(value) != self.points.shape: raise InputError(f"{what} {np.shape(value)} do not match points {self.points.shape}")
         if self.colors is not None: self.colors = self._checked_colours()
         self._check_instances()
         self._drop_bad()
@@ -125,7 +126,7 @@ class Scene:
         bad = ~np.isfinite(colours).all(1) if colours.dtype.kind == "f" else np.zeros(len(colours), bool)
         if bad.any(): colours = np.where(bad[:, None], np.asarray(0, colours.dtype), colours)
         found = unit_colours(colours)
-        if found is None: raise ValueError(f"colors must lie in [0, 1] or [0, 255], got {np.min(colours):.3g} to {np.max(colours):.3g}")
+        if found is None: raise InputError(f"colors must lie in [0, 1] or [0, 255], got {np.min(colours):.3g} to {np.max(colours):.3g}")
         if bad.any():
             found = np.where(bad[:, None], np.float32(MISSING_COLOUR), found)
             self._say(f"{int(bad.sum())} points had no valid colour and are grey")
@@ -133,16 +134,16 @@ class Scene:
 
     def _check_instances(self) -> None:
         if self.instance is None:
-            if self.names is not None: raise ValueError("names without instance: say which points belong to each")
+            if self.names is not None: raise InputError("names without instance: say which points belong to each")
             return
         self.instance = np.asarray(self.instance)
-        if self.instance.shape != self.points.shape[:1] or self.instance.dtype.kind not in "iu": raise ValueError(f"instance must be whole numbers ({len(self.points)},), one a point, got {self.instance.dtype} {self.instance.shape}")
+        if self.instance.shape != self.points.shape[:1] or self.instance.dtype.kind not in "iu": raise InputError(f"instance must be whole numbers ({len(self.points)},), one a point, got {self.instance.dtype} {self.instance.shape}")
         self.instance = self.instance.astype(np.int64)
         there = [int(i) for i in np.unique(self.instance) if i >= 0]
         if self.names is None: self.names = {i: "" for i in there}
         elif not isinstance(self.names, Mapping): self.names = dict(enumerate(self.names))
         missing = [i for i in there if i not in self.names]
-        if missing: raise ValueError(f"instance {missing[0]} has no name; names are given for {list(self.names)[:8]}")
+        if missing: raise InputError(f"instance {missing[0]} has no name; names are given for {list(self.names)[:8]}")
         self.names = {int(i): str(name) for i, name in self.names.items()}
 
     def _drop_bad(self) -> None:
@@ -150,8 +151,8 @@ class Scene:
         if bad.any() and not bad.all():
             self._say(f"{int(bad.sum()):,} of {len(bad):,} points were NaN or infinite and were left out")
             self._keep(~bad)
-        if bad.all() or len(self.points) < 10: raise ValueError(f"scene {self.name!r}: {len(self.points) - int(bad.all() and bad.sum())} usable points; a scene needs at least 10")
-        if not np.ptp(self.points, axis=0).any(): raise ValueError(f"scene {self.name!r}: all {len(self.points)} points are equal, it has no extent")
+        if bad.all() or len(self.points) < 10: raise InputError(f"scene {self.name!r}: {len(self.points) - int(bad.all() and bad.sum())} usable points; a scene needs at least 10")
+        if not np.ptp(self.points, axis=0).any(): raise InputError(f"scene {self.name!r}: all {len(self.points)} points are equal, it has no extent")
 
     def _keep(self, rows: np.ndarray) -> None:
         for what in ("points", "colors", "normals", "instance"):
@@ -162,7 +163,7 @@ class Scene:
             self.unit = guess_unit(self.points)
             low, high = np.percentile(self.points, [2, 98], axis=0)
             if self.unit != "m": self._say(f"its longest side is {(high - low).max():,.0f} units: taken for millimetres and divided by 1000 (give unit= if that is wrong)")
-        if self.unit not in UNITS: raise ValueError(f"unit={self.unit!r} is not one of {', '.join(UNITS)}")
+        if self.unit not in UNITS: raise InputError(f"unit={self.unit!r} is not one of {', '.join(UNITS)}", field="unit", value=self.unit)
         if np.abs(self.points).max() * UNITS[self.unit] > 1e4:
             self.points = self.points - np.median(self.points, axis=0)
             self._say("far from the origin: moved there, so that float32 keeps the millimetres", warn=False)
@@ -206,7 +207,7 @@ def _read_npz(path: Path) -> dict:
     with np.load(path, allow_pickle=False) as archive:
         found = {what: archive[key] for what, keys in KEYS.items() for key in keys if key in archive}
         if "up" in archive: found["up"] = str(archive["up"]) if archive["up"].dtype.kind in "US" else archive["up"].tolist()
-        if "points" not in found: raise ValueError(f"{path}: no array named {', '.join(KEYS['points'])} among {sorted(archive.files)}")
+        if "points" not in found: raise InputError(f"{path}: no array named {', '.join(KEYS['points'])} among {sorted(archive.files)}", file=path)
     table = found["points"]
     if table.ndim == 2 and table.shape[1] >= 6 and "colors" not in found: found["points"], found["colors"] = table[:, :3], unit_colours(table[:, 3:6])
     if "names" in found: found["names"] = [str(name) for name in found["names"]]
@@ -238,17 +239,17 @@ def read_scene(
 ) -> Scene:
     "Read a scan; a cloud's points stay as they are, in their order."
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"{path}: no such file or folder")
+    if not path.exists(): raise MissingFile(f"{path}: no such file or folder", file=path)
     if path.is_dir():
         from cg3d.readers.scannet import read_scene as read_scannet
         found = read_scannet(path)
         return Scene(found["points"], found["colors"], up=up or "z", unit=unit or "m", instance=found["instance"], names=found["labels"].tolist(), name=path.name)
     suffix = path.suffix.lower()
-    if suffix not in CLOUD_SUFFIXES + MESH_SUFFIXES: raise ValueError(f"{path}: unknown suffix {suffix!r}; a scene is read from {' '.join(MESH_SUFFIXES + CLOUD_SUFFIXES)}")
+    if suffix not in CLOUD_SUFFIXES + MESH_SUFFIXES: raise InputError(f"{path}: unknown suffix {suffix!r}; a scene is read from {' '.join(MESH_SUFFIXES + CLOUD_SUFFIXES)}", file=path)
     try: found = {".npz": _read_npz, ".ply": _read_ply}.get(suffix, lambda _: None)(path)
     except Exception as error:
         if str(path) in str(error): raise
-        raise ValueError(f"{path}: cannot be read as {suffix}: {type(error).__name__}: {error}") from error
+        raise InputError(f"{path}: cannot be read as {suffix}: {type(error).__name__}: {error}", file=path) from error
     if found is None: found = dict(zip(("points", "colors"), read_points(path, count)))
     if up is not None: found["up"] = up
     elif "up" not in found and suffix in UP_BY_SUFFIX: found["up"] = UP_BY_SUFFIX[suffix]
@@ -270,7 +271,7 @@ def scene_picture(
     import torch
     from PIL.Image import fromarray
     from cg3d.render import render_points
-    if heat is not None and np.shape(heat) != (len(scene),): raise ValueError(f"heat has the shape {np.shape(heat)}, the scene has {len(scene):,} points")
+    if heat is not None and np.shape(heat) != (len(scene),): raise InputError(f"heat has the shape {np.shape(heat)}, the scene has {len(scene):,} points")
     xyz, low, high = scene.upright, scene.upright.min(0), scene.upright.max(0)
     towards = np.array([np.sin(np.radians(azimuth)), 0, np.cos(np.radians(azimuth))]) # of the camera, seen from the middle
     shut = np.zeros(len(scene), bool)

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .config import TrainConfig, checked, several
+from .errors import InputError
 from .model import CG3D
 from .queries import check_texts
 from .scans import Scene
@@ -84,7 +85,7 @@ def by_description(
     collection: Collection,  # whose shapes it was furnished with; has the column caption
 ) -> dict[str, list[int]]:
     "The caption of each thing's shape."
-    if scene.shapes is None: raise ValueError(f"{scene} does not say which shapes it was made of; descriptions need a composed room")
+    if scene.shapes is None: raise InputError(f"{scene} does not say which shapes it was made of; descriptions need a composed room")
     captions = collection.table["caption"].fillna("")
     return _grouped((captions.iloc[scene.shapes[i]], i) for i in truth(scene) if captions.iloc[scene.shapes[i]])
 
@@ -130,14 +131,14 @@ def evaluate_scenes(
     "Query accuracy (top-1 and top-3 at IoU 0.25 and 0.5), mean IoU of the returned points, mean class accuracy; beside the largest object and chance."
     views, rows = scenes if isinstance(scenes, Mapping) else {"as given": scenes}, []
     labels = sorted({scene.names[i] for group in views.values() for scene in group for i in truth(scene)})
-    if not labels: raise ValueError("no scene has named instances: there is nothing to compare an answer with")
+    if not labels: raise InputError("no scene has named instances: there is nothing to compare an answer with")
     for view, group in views.items():
         for way in how:
             part, named = [], []
             for scene in group:
                 part += _scene_rows(model, scene, way, ask(scene), progress)
                 named += _named(model, scene, way, labels) if ask is by_name else []
-            if not part: raise ValueError(f"no query has an answer in the scenes of {view!r}")
+            if not part: raise InputError(f"no query has an answer in the scenes of {view!r}")
             table = 100 * pd.DataFrame(part).drop(columns="query").groupby("method", sort=False).mean()
             table["mean_class"] = np.nan
             if named: table.loc[["cg3d", "chance"], "mean_class"] = 100 * pd.DataFrame(named).groupby(0)[1].mean().mean(), 100 / len(labels)
@@ -170,10 +171,10 @@ class SceneQueryConfig:
         for field in fields(self): object.__setattr__(self, field.name, checked(field.name, getattr(self, field.name), field.type))
         for name, known in CHOICES.items():
             for word in several(getattr(self, name)):
-                if word not in known: raise ValueError(f"{name}: {word!r} is unknown; choose from {', '.join(known)}")
+                if word not in known: raise InputError(f"{name}: {word!r} is unknown; choose from {', '.join(known)}")
         for name in ("rooms", "cameras"):
-            if getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not self.scene and not (several(self.views) and several(self.proposals) and several(self.queries)): raise ValueError("views, proposals and queries must each name at least one of their choices")
+            if getattr(self, name) < 1: raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        if not self.scene and not (several(self.views) and several(self.proposals) and several(self.queries)): raise InputError("views, proposals and queries must each name at least one of their choices")
         if several(self.ask, "|"): check_texts(several(self.ask, "|"))
 
     to_json = TrainConfig.to_json

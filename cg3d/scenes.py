@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import InputError, KindError
 from .model import CG3D
 from .points import MISSING_COLOUR
 from .queries import check_texts, model_fingerprint, model_stamp
@@ -57,7 +58,7 @@ def propose(
     settings: SegmentSettings = SegmentSettings(),
 ) -> Proposals:
     "Candidates for an answer; computed once a scene."
-    if how not in WAYS: raise ValueError(f"how={how!r} is not one of {', '.join(WAYS)}")
+    if how not in WAYS: raise InputError(f"how={how!r} is not one of {', '.join(WAYS)}", field="how", value=how)
     if how == "auto": how = "instances" if _usable(scene) else "geometry"
     key = ("proposals", how, settings)
     if key not in scene._cache: scene._cache[key] = Proposals(scene, *(_given(scene) if how == "instances" else _found(scene, settings)), key)
@@ -68,8 +69,8 @@ def _usable(scene: Scene) -> list[np.ndarray]: # points of each instance that ha
     return [r for r in rows if len(r) >= LEAST and np.ptp(scene.points[r], axis=0).any()]
 
 def _given(scene: Scene) -> tuple[list[np.ndarray], list[str]]:
-    if not scene.instances(): raise ValueError(f"{scene} has no instances; use how='geometry'")
-    if not (rows := _usable(scene)): raise ValueError(f"{scene}: no instance has at least {LEAST} points; use how='geometry'")
+    if not scene.instances(): raise InputError(f"{scene} has no instances; use how='geometry'")
+    if not (rows := _usable(scene)): raise InputError(f"{scene}: no instance has at least {LEAST} points; use how='geometry'")
     return rows, ["instance"] * len(rows)
 
 def _found(scene: Scene, settings: SegmentSettings) -> tuple[list[np.ndarray], list[str]]:
@@ -211,9 +212,9 @@ def query_scene(
     "Find what a sentence asks for. The first query of a scene cuts and embeds it; later ones only embed their words."
     start = time.perf_counter()
     query = check_texts([query], model.config.clip)[0].strip()
-    if isinstance(contrast, str): raise TypeError(f"contrast must be a list of phrases, got the single string {contrast!r}; write [{contrast!r}]")
+    if isinstance(contrast, str): raise KindError(f"contrast must be a list of phrases, got the single string {contrast!r}; write [{contrast!r}]")
     contrast = [phrase for phrase in contrast if phrase.strip().lower() != query.lower()]
-    if not contrast: raise ValueError("contrast has no phrase other than the query; give at least one, such as 'wall'")
+    if not contrast: raise InputError("contrast has no phrase other than the query; give at least one, such as 'wall'")
     proposals = propose(scene, how, settings)
     embeddings = embed_proposals(model, proposals, progress)
     fit, background = embeddings @ query_vector(model, query), embeddings @ contrast_vectors(model, contrast).T
@@ -233,7 +234,7 @@ def ask_scene(
 ) -> pd.DataFrame:  # query, rank, proposal, kind, score, probability, points, sizes, places
     "The best proposals for each query, as one table."
     queries = check_texts([queries] if isinstance(queries, str) else queries, model.config.clip)
-    if top < 1: raise ValueError(f"top={top} must be at least 1")
+    if top < 1: raise InputError(f"top={top} must be at least 1", field="top", value=top)
     with warnings.catch_warnings(): # each script was warned of above
         warnings.filterwarnings("ignore", message="query .* is written in")
         tables = [query_scene(scene, query, model, **how).table.head(top) for query in queries]

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .errors import InputError, MissingFile
 from .files import read_points, unit_colours
 from .points import MISSING_COLOUR, normalize, with_colour
 
@@ -26,7 +27,7 @@ TURN = {"y": np.eye(3, dtype=np.float32), # from each up axis to y up, rotations
 UP_BY_SUFFIX = {".glb": "y", ".gltf": "y", ".obj": "y"} # glTF says so; OBJ by custom; other formats say nothing
 
 def _turn(up: str) -> np.ndarray:
-    if up not in TURN: raise ValueError(f"up={up!r} is not one of {sorted(TURN)}")
+    if up not in TURN: raise InputError(f"up={up!r} is not one of {sorted(TURN)}", field="up", value=up)
     return TURN[up]
 
 # %% ../nbs/02_shapes.ipynb #cell007
@@ -51,18 +52,18 @@ class Shape:
         who = f"shape {self.id or self.name!r}" if self.id or self.name else "shape"
         self.points = np.asarray(self.points, np.float32)
         if self.points.ndim != 2 or self.points.shape[1] != 3:
-            raise ValueError(f"{who}: points must be (N, 3), got {self.points.shape}; pass colours as colors=")
-        if len(self.points) < 2: raise ValueError(f"{who}: {len(self.points)} point(s); a shape needs at least two different ones")
-        if not np.isfinite(self.points).all(): raise ValueError(f"{who}: points hold NaN or infinite numbers")
-        if not np.ptp(self.points, axis=0).any(): raise ValueError(f"{who}: all {len(self.points)} points are equal, it has no extent")
+            raise InputError(f"{who}: points must be (N, 3), got {self.points.shape}; pass colours as colors=")
+        if len(self.points) < 2: raise InputError(f"{who}: {len(self.points)} point(s); a shape needs at least two different ones")
+        if not np.isfinite(self.points).all(): raise InputError(f"{who}: points hold NaN or infinite numbers")
+        if not np.ptp(self.points, axis=0).any(): raise InputError(f"{who}: all {len(self.points)} points are equal, it has no extent")
         _turn(self.up)
         if self.colors is not None: self.colors = self._checked_colours(who)
 
     def _checked_colours(self, who: str) -> np.ndarray:
         colours = np.asarray(self.colors)
-        if colours.shape != self.points.shape: raise ValueError(f"{who}: colors {colours.shape} do not match points {self.points.shape}")
+        if colours.shape != self.points.shape: raise InputError(f"{who}: colors {colours.shape} do not match points {self.points.shape}")
         colours = unit_colours(colours) if colours.dtype == np.uint8 else colours.astype(np.float32)
-        if not ((colours >= 0) & (colours <= 1)).all(): raise ValueError(f"{who}: colors must lie in [0, 1] (or be uint8)")
+        if not ((colours >= 0) & (colours <= 1)).all(): raise InputError(f"{who}: colors must lie in [0, 1] (or be uint8)")
         return colours
 
     def __repr__(self) -> str:
@@ -88,7 +89,7 @@ def pick(
 ) -> np.ndarray: # row numbers, (n,)
     "Draw `n` of `count` rows: all different while they last, then every row once more before any a third time."
     if n is None or n == count: return np.arange(count)
-    if n < 1: raise ValueError(f"n={n}: at least one point must be drawn")
+    if n < 1: raise InputError(f"n={n}: at least one point must be drawn", field="n", value=n)
     generator = np.random.default_rng(seed)
     rounds = [generator.permutation(count) for _ in range(-(-n // count))]
     return np.concatenate(rounds)[:n]
@@ -102,7 +103,7 @@ def read_shape(
 ) -> Shape: # y up, in the file's units
     "Read a mesh or cloud file (at most 10 million points or 5 million faces) as a shape."
     path = Path(path)
-    if points is not None and points < 2: raise ValueError(f"points={points}: a shape needs at least 2")
+    if points is not None and points < 2: raise InputError(f"points={points}: a shape needs at least 2", field="points", value=points)
     if up is not None: _turn(up)
     xyz, colours = read_points(path, 2048 if points is None else points, seed)
     centre = xyz.mean(0) if np.abs(xyz).max() > 1e4 else 0. # map coordinates would lose their digits in float32
@@ -112,7 +113,7 @@ def read_shape(
     try:
         shape = Shape(xyz[keep], colours, name=path.stem, source=path.name)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}", file=path) from error
     if path.suffix.lower() in (".glb", ".gltf"): shape.size = tuple(np.ptp(xyz, axis=0).tolist())
     return shape
 
@@ -136,13 +137,13 @@ class Packed:
         if arrays is None:
             with np.load(self.path, allow_pickle=False) as archive:
                 missing = {"points", "colors", "has_color"} - set(archive.files)
-                if missing: raise ValueError(f"{self.path}: not a packed collection, no array {sorted(missing)}")
+                if missing: raise InputError(f"{self.path}: not a packed collection, no array {sorted(missing)}", file=self.path)
                 arrays = {key: archive[key] for key in ("points", "colors", "has_color")}
         shape = arrays["points"].shape
         if len(shape) != 3 or shape[2] != 3 or arrays["points"].dtype != np.int16 or arrays["colors"].shape != shape:
-            raise ValueError(f"{self.path}: points must be int16 (S, N, 3) with colors of the same shape, found {shape}")
+            raise InputError(f"{self.path}: points must be int16 (S, N, 3) with colors of the same shape, found {shape}", file=self.path)
         if not len(arrays["has_color"]) == shape[0] == self.rows:
-            raise ValueError(f"{self.path}: {shape[0]} shapes but {self.rows} rows in the table beside it")
+            raise InputError(f"{self.path}: {shape[0]} shapes but {self.rows} rows in the table beside it", file=self.path)
         return arrays
 
 # %% ../nbs/02_shapes.ipynb #cell015
@@ -151,7 +152,7 @@ def _selected(column: pd.Series, value) -> pd.Series:
     wanted = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
     known = column.unique()
     unknown = [w for w in wanted if w not in known]
-    if unknown: raise ValueError(f"no row has {column.name}={unknown[0]!r}; there are {sorted(known.tolist(), key=str)[:40]}")
+    if unknown: raise InputError(f"no row has {column.name}={unknown[0]!r}; there are {sorted(known.tolist(), key=str)[:40]}")
     return column.isin(wanted)
 
 # %% ../nbs/02_shapes.ipynb #cell016
@@ -184,9 +185,9 @@ class Collection:
     ) -> "Collection": # shares the geometry
         "The rows that match, e.g. `select(split='test', judged=1)`."
         keep = np.ones(len(self), bool) if mask is None else np.asarray(mask)
-        if keep.dtype != bool or keep.shape != (len(self),): raise ValueError(f"mask must be {len(self)} booleans, got {keep.dtype} {keep.shape}")
+        if keep.dtype != bool or keep.shape != (len(self),): raise InputError(f"mask must be {len(self)} booleans, got {keep.dtype} {keep.shape}")
         for column, value in equals.items():
-            if column not in self.table: raise ValueError(f"no column {column!r}; there are {list(self.table)}")
+            if column not in self.table: raise InputError(f"no column {column!r}; there are {list(self.table)}")
             keep = keep & _selected(self.table[column], value).to_numpy()
         return Collection(self.table[keep].reset_index(drop=True), self.packed, self.rows[keep], self.name)
 
@@ -228,10 +229,10 @@ def read_collection(
     stem = path.with_suffix("") if path.suffix in (".npz", ".csv") else path
     geometry, words = Path(f"{stem}.npz"), Path(f"{stem}.csv")
     for file in (geometry, words):
-        if not file.is_file(): raise FileNotFoundError(f"{file}: no such file; a collection is {stem.name}.npz + {stem.name}.csv")
+        if not file.is_file(): raise MissingFile(f"{file}: no such file; a collection is {stem.name}.npz + {stem.name}.csv", file=file)
     try: table = _read_table(words)
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error: raise ValueError(f"{words}: not a table: {error}") from error
-    if "name" not in table: raise ValueError(f"{words}: no column 'name' among {list(table)}")
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error: raise InputError(f"{words}: not a table: {error}") from error
+    if "name" not in table: raise InputError(f"{words}: no column 'name' among {list(table)}")
     beside = stem.parent / "captions.csv"
     if beside.is_file() and {"source", "id"} <= set(table): table = _with_texts(table, _read_table(beside))
     return Collection(table, Packed(geometry, len(table)), np.arange(len(table)), stem.name)
@@ -257,10 +258,10 @@ def write_collection(
         packed["colors"].append(np.rint(cloud[:, 3:] * 255).astype(np.uint8))
         packed["has_color"].append(shape.colors is not None)
         rows.append(_words(shape))
-    if not rows: raise ValueError(f"{path}: no shapes to write")
+    if not rows: raise InputError(f"{path}: no shapes to write", file=path)
     table = pd.DataFrame(rows)
     if columns is not None:
-        if len(columns) != len(rows): raise ValueError(f"{len(columns)} rows of columns for {len(rows)} shapes")
+        if len(columns) != len(rows): raise InputError(f"{len(columns)} rows of columns for {len(rows)} shapes")
         table = table.assign(**{key: columns[key].to_numpy() for key in columns})
     stem = path.with_suffix("") if path.suffix == ".npz" else path
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -273,7 +274,7 @@ def data_dir() -> Path: # folder with furniture.npz, furniture.csv and the shipp
     "Where the data that comes with cg3d lies."
     here = Path(__file__).parent
     found = next((folder for folder in (here / "data", here.parent / "data") if folder.is_dir()), None)
-    if found is None: raise FileNotFoundError(f"no data folder in {here} or beside it; reinstall cg3d or work in its checkout")
+    if found is None: raise MissingFile(f"no data folder in {here} or beside it; reinstall cg3d or work in its checkout")
     return found
 
 def furniture() -> Collection:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from .errors import InputError, MissingFile, MissingPackage
 from .model import CG3D, PUBLISHED, load
 
 if TYPE_CHECKING:
@@ -36,9 +37,9 @@ class Embeddings:
     def __post_init__(self):
         self.matrix = np.ascontiguousarray(self.matrix, dtype=np.float32)
         self.table = self.table.reset_index(drop=True)
-        if self.matrix.ndim != 2 or len(self.matrix) != len(self.table): raise ValueError(f"embeddings must be (N, D) with one table row each, got {self.matrix.shape} and {len(self.table)} rows")
-        if "embedding" in self.table: raise ValueError("the table must not have a column 'embedding': that is where the vectors go")
-        if not np.isfinite(self.matrix).all(): raise ValueError("embeddings hold NaN or infinite numbers")
+        if self.matrix.ndim != 2 or len(self.matrix) != len(self.table): raise InputError(f"embeddings must be (N, D) with one table row each, got {self.matrix.shape} and {len(self.table)} rows")
+        if "embedding" in self.table: raise InputError("the table must not have a column 'embedding': that is where the vectors go")
+        if not np.isfinite(self.matrix).all(): raise InputError("embeddings hold NaN or infinite numbers")
 
     def __len__(self) -> int: return len(self.table)
 
@@ -59,14 +60,14 @@ def to_arrow(embeddings: Embeddings) -> "pa.Table":
 
 def from_arrow(table: "pa.Table") -> Embeddings:
     "The inverse of `to_arrow`; any table with a column `embedding` of equally long vectors will do."
-    if "embedding" not in table.column_names: raise ValueError(f"no column 'embedding' among {table.column_names}")
+    if "embedding" not in table.column_names: raise InputError(f"no column 'embedding' among {table.column_names}")
     meta = json.loads((table.schema.metadata or {}).get(b"cg3d", b"{}"))
     vectors = table.column("embedding").to_numpy(zero_copy_only=False)
     return Embeddings(_stack(vectors), table.drop_columns(["embedding"]).to_pandas(), meta.get("model", ""), meta.get("fingerprint", ""))
 
 def from_frame(frame: pd.DataFrame, model: str = "", fingerprint: str = "") -> Embeddings:
     "From a pandas table with a column `embedding`."
-    if "embedding" not in frame: raise ValueError(f"no column 'embedding' among {list(frame)}")
+    if "embedding" not in frame: raise InputError(f"no column 'embedding' among {list(frame)}")
     return Embeddings(_stack(frame["embedding"]), frame.drop(columns="embedding"), model, fingerprint)
 
 # %% ../nbs/68_share.ipynb #c09
@@ -74,12 +75,12 @@ def _arrow():
     try:
         import pyarrow
         import pyarrow.parquet
-    except ModuleNotFoundError as error: raise ModuleNotFoundError("Parquet needs pyarrow: pip install pyarrow, or write .npz instead", name=error.name) from error
+    except ModuleNotFoundError as error: raise MissingPackage("Parquet needs pyarrow: pip install pyarrow, or write .npz instead", value=error.name) from error
     return pyarrow
 
 def _stack(vectors) -> np.ndarray: # (N, D)
     sizes = {-1 if vector is None else len(vector) for vector in vectors}
-    if len(sizes) != 1 or -1 in sizes: raise ValueError(f"vectors of different lengths {sorted(sizes)[:5]} in column 'embedding'" if sizes else "the table has no rows")
+    if len(sizes) != 1 or -1 in sizes: raise InputError(f"vectors of different lengths {sorted(sizes)[:5]} in column 'embedding'" if sizes else "the table has no rows")
     return np.stack([np.asarray(vector, np.float32) for vector in vectors])
 
 # %% ../nbs/68_share.ipynb #c11
@@ -88,7 +89,7 @@ EMBEDDING_SUFFIXES = (".parquet", ".npz")
 def check_suffix(path: str | Path) -> Path:
     "A path that ends in .parquet or .npz."
     path = Path(path)
-    if path.suffix not in EMBEDDING_SUFFIXES: raise ValueError(f"{path}: embeddings are written as .parquet or .npz, not {path.suffix or 'without an ending'!r}")
+    if path.suffix not in EMBEDDING_SUFFIXES: raise InputError(f"{path}: embeddings are written as .parquet or .npz, not {path.suffix or 'without an ending'!r}", file=path)
     if path.suffix == ".parquet": _arrow()
     return path
 
@@ -109,10 +110,10 @@ def write_embeddings(
 def read_embeddings(path: str | Path) -> Embeddings:
     "Read what `write_embeddings` wrote, or any Parquet file with a column `embedding`."
     path = check_suffix(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file; make it with `cg3d embed shapes/ -o {path.name}`")
+    if not path.is_file(): raise MissingFile(f"{path}: no such file; make it with `cg3d embed shapes/ -o {path.name}`", file=path)
     try: return from_arrow(_arrow().parquet.read_table(path)) if path.suffix == ".parquet" else _from_npz(path)
     except Exception as error: # damaged files fail in many ways
-        raise ValueError(f"{path}: not a table of embeddings: {error}") from error
+        raise InputError(f"{path}: not a table of embeddings: {error}", file=path) from error
 
 # %% ../nbs/68_share.ipynb #c12
 def _arrays(embeddings: Embeddings) -> dict[str, np.ndarray]:
@@ -122,7 +123,7 @@ def _arrays(embeddings: Embeddings) -> dict[str, np.ndarray]:
 
 def _from_npz(path: Path) -> Embeddings:
     with np.load(path, allow_pickle=False) as archive:
-        if not {"embeddings", "meta"} <= set(archive.files): raise ValueError(f"no arrays embeddings and meta among {archive.files}")
+        if not {"embeddings", "meta"} <= set(archive.files): raise InputError(f"no arrays embeddings and meta among {archive.files}")
         meta = json.loads(str(archive["meta"]))
         table = pd.DataFrame({name: archive[f"column/{name}"] for name in meta["columns"]}, index=range(len(archive["embeddings"])))
         for name in table.columns[table.dtypes == object]: table[name] = table[name].astype(str)
@@ -134,7 +135,7 @@ def run_facts(
 ) -> tuple[str, pd.DataFrame | None]: # what it was trained on, its results
     "What a run's own files say."
     run = Path(run)
-    if not (run / "train.json").is_file(): raise FileNotFoundError(f"{run}: no train.json in it, so it is not the folder of a training run")
+    if not (run / "train.json").is_file(): raise MissingFile(f"{run}: no train.json in it, so it is not the folder of a training run")
     chosen = json.loads((run / "train.json").read_text(encoding="utf-8"))
     source = "the furniture set that comes with cg3d (Sweet Home 3D; CC0 and CC BY, see data/ATTRIBUTION.md)" if chosen["data"] == "furniture" else f"`{Path(chosen['data']).name}`"
     words = f"Rows `{chosen['train_split']}` of {source}, {chosen['epochs']} epochs, seed {chosen['seed']}" + (", with shuffled texts (a control run)" if chosen["shuffle_labels"] else "")
@@ -254,7 +255,7 @@ def push_to_hub(
 ) -> str: # address of the commit, or the folder
     "Share a model with its card."
     if isinstance(repo, Path) or repo.startswith((".", "/", "~")): return str(save_pretrained(model, Path(repo).expanduser(), **about))
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repo): raise ValueError(f"repo={repo!r} must be 'owner/name', or a path such as './{repo}'")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repo): raise InputError(f"repo={repo!r} must be 'owner/name', or a path such as './{repo}'", field="repo", value=repo)
     shared = hub_class()(model, lambda: model_card(model, repo, **about))
     return with_hub(lambda: shared.push_to_hub(repo, private=private, token=token, commit_message=message), repo)
 
@@ -267,5 +268,5 @@ def from_pretrained(
 ) -> CG3D: # in evaluation mode
     "Load a model from a folder or the hub."
     if Path(name).is_dir() or str(name) in PUBLISHED: return load(name, device, backbone)
-    if not is_repo(name): raise FileNotFoundError(f"no model {str(name)!r}: it is no folder, none of {', '.join(PUBLISHED)}, and no hub name of the form owner/name")
+    if not is_repo(name): raise MissingFile(f"no model {str(name)!r}: it is no folder, none of {', '.join(PUBLISHED)}, and no hub name of the form owner/name")
     return with_hub(lambda: hub_class().from_pretrained(name, device=device, backbone=backbone, revision=revision, token=token), name)

@@ -18,8 +18,11 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from . import errors
+from .errors import InputError, PathTaken
+
 # %% ../nbs/77_shell.ipynb #c06
-USER_ERRORS = (ValueError, TypeError, OSError, ImportError, MemoryError, KeyboardInterrupt)
+USER_ERRORS = (errors.Cg3dError, ValueError, TypeError, OSError, ImportError, MemoryError, KeyboardInterrupt)
 
 def one_line(error: BaseException) -> str:
     "What a person should read."
@@ -30,8 +33,8 @@ def one_line(error: BaseException) -> str:
 def exit_code(error: BaseException) -> int: # 2: the user can mend it, 1: we must
     "Whose fault it is."
     kind = getattr(error, "kind", None) # of a JobError: the exception in the notebook
-    if kind: return 2 if kind in {"ValueError", "TypeError", "FileNotFoundError", "FileExistsError", "PermissionError", "ModuleNotFoundError", "ImportError", "OSError"} else 1
-    return 2 if isinstance(error, USER_ERRORS) or type(error).__name__ == "Interrupted" else 1
+    if kind: return 2 if kind in {*errors.__all__, "ValueError", "TypeError", "PermissionError", "OSError"} else 1
+    return 2 if isinstance(error, USER_ERRORS) else 1
 
 def complain(message: str): typer.echo(f"error: {message}", err=True)
 
@@ -108,7 +111,7 @@ def fresh(
 ) -> Path:
     "An output that can be written and does not exist, or may be replaced."
     path = Path(path)
-    if path.exists() and not overwrite and not go_on: raise FileExistsError(f"{path} exists; choose another name, or pass --overwrite")
+    if path.exists() and not overwrite and not go_on: raise PathTaken(f"{path} exists; choose another name, or pass --overwrite", file=path)
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir(): raise NotADirectoryError(f"{path} cannot be written: {folder} is a file, not a folder; choose another place")
     import tempfile
@@ -122,4 +125,4 @@ def problems_end(problems: Sequence[tuple[str, str]], total: int, where: str, sk
     for name, message in problems: note(f"  {name}: {one_line(Exception(message))}")
     text = f"{len(problems)} of {total} shapes could not be read (listed above); the other {total - len(problems)} are {where}"
     if skip: return note(text)
-    raise ValueError(f"{text}. Repair or remove these files, or pass --skip-broken")
+    raise InputError(f"{text}. Repair or remove these files, or pass --skip-broken")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .backbone import Backbone
 from .checkpoint import LoadReport, Source, fill, read_checkpoint, report, set_aside
+from .errors import InputError
 
 # %% ../nbs/31_slip.ipynb #dfd4fe3e
 class QuickGELU(nn.Module):
@@ -113,7 +114,7 @@ def build_slip(
     "Towers of the sizes that the tensors tell."
     s, width = source, source.size(f"{visual}cls_token", 2, 3)
     patch, side = s.size(f"{visual}patch_embed.proj.weight", 3, 4), (s.size(f"{visual}pos_embed", 1, 3) - 1) ** 0.5
-    if side != int(side): raise ValueError(f"{s.path}: {s.full[f'{visual}pos_embed']!r} has {s.size(f'{visual}pos_embed', 1, 3)} positions, which is no square of patches and a class token")
+    if side != int(side): raise InputError(f"{s.path}: {s.full[f'{visual}pos_embed']!r} has {s.size(f'{visual}pos_embed', 1, 3)} positions, which is no square of patches and a class token")
     text = s.size("token_embedding.weight", 1, 2)
     with source.building(), torch.device("meta"):
         return Slip(
@@ -145,7 +146,7 @@ def load_slip(
     "Frozen towers from SLIP's own file."
     source = Source(read_checkpoint(path), "slip")
     if "visual.cls_token" not in source and "token_embedding.weight" not in source:
-        raise ValueError(f"{path} is no SLIP checkpoint: it has neither 'visual.cls_token' nor 'token_embedding.weight'; it begins with {list(source.file.tensors)[:3]}")
+        raise InputError(f"{path} is no SLIP checkpoint: it has neither 'visual.cls_token' nor 'token_embedding.weight'; it begins with {list(source.file.tensors)[:3]}", file=path)
     towers = build_slip(source)
     fill(source, towers, slip_name, "image and text towers")
     set_aside(source, UNUSED)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .config import encoder_choice, run_folder
 from .encoders import registry
+from .errors import InputError, KindError
 from .model import CG3D, load
 from .shapes import Collection
 
@@ -41,25 +42,25 @@ def examples(
     column: str = "category", # of the table
 ) -> Examples: # the rows that carry one of the labels
     "The labelled rows of a collection"
-    if column not in collection.table: raise ValueError(f"there are no labels: no column {column!r} in the table; it has {', '.join(collection.table.columns)}")
+    if column not in collection.table: raise InputError(f"there are no labels: no column {column!r} in the table; it has {', '.join(collection.table.columns)}")
     said = collection.table[column].fillna("").astype(str).str.strip()
     names = sorted(set(said) - {""}) if labels is None else list(labels)
-    if len(set(names)) < max(2, len(names)): raise ValueError(f"a classifier needs at least two different labels, column {column!r} gives {names}" if labels is None else f"give at least two different labels, got {names}")
+    if len(set(names)) < max(2, len(names)): raise InputError(f"a classifier needs at least two different labels, column {column!r} gives {names}" if labels is None else f"give at least two different labels, got {names}")
     keep = said.isin(names).to_numpy()
-    if not keep.any(): raise ValueError(f"none of the {len(collection)} shapes carries one of the {len(names)} labels {names[:5]} in column {column!r}")
+    if not keep.any(): raise InputError(f"none of the {len(collection)} shapes carries one of the {len(names)} labels {names[:5]} in column {column!r}")
     number = {name: i for i, name in enumerate(names)}
     return Examples(collection.points(keep), torch.tensor([number[word] for word in said[keep]]), tuple(names))
 
 def check_fraction(fraction: float, name: str = "fraction") -> float:
     "A share of the labels lies in (0, 1]"
-    if not 0 < fraction <= 1: raise ValueError(f"{name}: {fraction} is no share of the labels; it must be above 0 and at most 1")
+    if not 0 < fraction <= 1: raise InputError(f"{name}: {fraction} is no share of the labels; it must be above 0 and at most 1")
     return fraction
 
 def check_training(train: Examples) -> None:
     "Every label needs two examples: with one, nothing can be held out and nothing can be learned that is not that very shape"
     count = torch.bincount(train.target, minlength=len(train.labels))
     few = [f"{name!r} has {int(n)}" for name, n in zip(train.labels, count) if n < 2]
-    if few: raise ValueError(f"{len(few)} label(s) with too few training examples: {', '.join(few[:6])}{' ...' if len(few) > 6 else ''}. Each needs at least 2; leave them out (labels=...) or raise min_shapes")
+    if few: raise InputError(f"{len(few)} label(s) with too few training examples: {', '.join(few[:6])}{' ...' if len(few) > 6 else ''}. Each needs at least 2; leave them out (labels=...) or raise min_shapes")
 
 def check_test(
     labels: Sequence[str], # that were learned
@@ -67,7 +68,7 @@ def check_test(
 ) -> None:
     "Refuse to test what could not be learned"
     unseen = sorted({test.labels[i] for i in test.target.unique().tolist()} - set(labels))
-    if unseen: raise ValueError(f"the test holds {len(unseen)} label(s) that training never saw: {', '.join(map(repr, unseen[:6]))}; leave those rows out, or give training examples")
+    if unseen: raise InputError(f"the test holds {len(unseen)} label(s) that training never saw: {', '.join(map(repr, unseen[:6]))}; leave those rows out, or give training examples")
 
 # %% ../nbs/65_starts.ipynb #c09
 def _dealt(target: Tensor, seed: int) -> list[Tensor]:
@@ -90,10 +91,10 @@ def hold_out(
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]: # rows kept, rows held out, ascending
     "Split rows by label; each label keeps at least one, and one of two or more is always held out"
-    if not 0 < share < 1: raise ValueError(f"share={share} must lie between 0 and 1")
+    if not 0 < share < 1: raise InputError(f"share={share} must lie between 0 and 1", field="share", value=share)
     out = [rows[: min(len(rows) - 1, max(1, round(share * len(rows))))] for rows in _dealt(target, seed + 7919)]
     held = torch.cat(out).sort().values
-    if not len(held): raise ValueError(f"nothing can be held out: each of the {len(out)} labels has one example; set holdout=0 or use more labels")
+    if not len(held): raise InputError(f"nothing can be held out: each of the {len(out)} labels has one example; set holdout=0 or use more labels")
     kept = torch.ones(len(target), dtype=torch.bool)
     kept[held] = False
     return kept.nonzero().flatten(), held
@@ -123,7 +124,7 @@ def _reset(part: nn.Module, where: str) -> nn.Module:
         setattr(part, name, child.fresh() if isinstance(child, registry.PointEncoder) else _reset(child, f"{where}.{name}"))
     if hasattr(part, "reset_parameters"): part.reset_parameters()
     elif own := [key for key, _ in part.named_parameters(recurse=False)]:
-        raise TypeError(f"layer {where!r} holds {', '.join(own)} but has no reset_parameters; make the untrained encoder yourself and pass it as a start")
+        raise KindError(f"layer {where!r} holds {', '.join(own)} but has no reset_parameters; make the untrained encoder yourself and pass it as a start")
     return part
 
 def changed(
@@ -134,10 +135,10 @@ def changed(
     "The same weights under other settings, or an error that says why they do not fit"
     if not choice: return encoder
     wanted, options = encoder_choice(choice)
-    if not isinstance(encoder, registry.PointEncoder): raise TypeError(f"encoder={choice!r} was asked for, but {name} is a {type(encoder).__name__}, which cg3d did not build; leave encoder empty")
+    if not isinstance(encoder, registry.PointEncoder): raise KindError(f"encoder={choice!r} was asked for, but {name} is a {type(encoder).__name__}, which cg3d did not build; leave encoder empty", field="encoder", value=choice)
     made = registry.create_encoder(wanted, **{"dim": encoder.dim, "in_channels": encoder.in_channels} | options)
     try: made.load_state_dict(encoder.state_dict())
-    except RuntimeError as error: raise ValueError(f"{name} is a checkpoint of another architecture than encoder={choice!r}: {str(error).splitlines()[1].strip() if len(str(error).splitlines()) > 1 else error}") from error
+    except RuntimeError as error: raise InputError(f"{name} is a checkpoint of another architecture than encoder={choice!r}: {str(error).splitlines()[1].strip() if len(str(error).splitlines()) > 1 else error}", field="encoder", value=choice) from error
     return made.eval()
 
 # %% ../nbs/65_starts.ipynb #c14
@@ -147,7 +148,7 @@ def as_start(start: Start | CG3D | nn.Module) -> Start:
     if isinstance(start, CG3D): return Start("model", start.encoder, start.config.points, start)
     if isinstance(getattr(start, "encoder", None), nn.Module) and isinstance(getattr(start, "points", None), int): return Start(type(start).__name__, start.encoder, start.points) # a classifier, a published model
     if isinstance(start, nn.Module): return Start(type(start).__name__, start)
-    raise TypeError(f"a start is a Start, a model or an encoder (nn.Module), got {type(start).__name__}; open names with open_start")
+    raise KindError(f"a start is a Start, a model or an encoder (nn.Module), got {type(start).__name__}; open names with open_start")
 
 # %% ../nbs/65_starts.ipynb #c15
 CLASSIFIER_FILE = "classifier.json" # what tells a fine-tuned classifier's folder from a model's
@@ -163,9 +164,9 @@ def open_start(
         from cg3d.published import load_published
         found = load_published(name.removeprefix("published:"))
         return Start(name, changed(found.encoder, encoder, name), found.config.points)
-    if (run / CLASSIFIER_FILE).is_file(): raise ValueError(f"{name!r} is a classifier that was fine-tuned already; open it with load_classifier, and pass its .encoder as a start")
+    if (run / CLASSIFIER_FILE).is_file(): raise InputError(f"{name!r} is a classifier that was fine-tuned already; open it with load_classifier, and pass its .encoder as a start")
     if name != "nano" and not (run / "config.json").is_file():
-        raise ValueError(f"unknown start {name!r}: it is neither nano nor scratch, nor a file of published weights ({' '.join(WEIGHT_FILES)}) or published: with a hub id, and {run / 'config.json'} is not there")
+        raise InputError(f"unknown start {name!r}: it is neither nano nor scratch, nor a file of published weights ({' '.join(WEIGHT_FILES)}) or published: with a hub id, and {run / 'config.json'} is not there")
     model = load(name if name == "nano" else run)
     return Start(name, changed(model.encoder, encoder, name), model.config.points, model)
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .errors import InputError
+
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from plotly.graph_objects import Figure
@@ -79,7 +81,7 @@ DRAWN = ("scatter3d", "scatter", "bar", "heatmap", "image") # the traces that ha
 
 def panel(figure: "Figure", trace) -> tuple[str, list[float], bool]: # its name, its place on the page (left, bottom, width, height in 0..1), whether it is in space
     "Which subplot a trace is drawn on"
-    if trace.type not in DRAWN: raise ValueError(f"no still of a {trace.type!r} trace; there are {', '.join(DRAWN)}")
+    if trace.type not in DRAWN: raise InputError(f"no still of a {trace.type!r} trace; there are {', '.join(DRAWN)}")
     space = trace.type == "scatter3d"
     name = (trace.scene or "scene") if space else (trace.xaxis or "x")
     if space: across, up = (figure.layout[name].domain[side] or (0, 1) for side in "xy")

@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .errors import InputError, MissingFile
 from .evaluate import nouns_of
 from .finetune import CHOICES, Classifier, FineTuneConfig, accuracies, features, fine_tune, settled, spare, words
 from .learner import pick_device
@@ -44,8 +45,8 @@ def split_examples(
 ) -> tuple[Examples, Examples]: # train, test
     "Training and test examples of a study, checked"
     learn = collection.select(split=config.train_split.split("+")) if "split" in collection.table else collection
-    if not config.test_share and "split" not in collection.table: raise ValueError(f"{collection.name!r} has no column 'split'; add one, or keep a part of the rows for the test with test_share")
-    if not config.test_share and config.test_split in config.train_split.split("+"): raise ValueError(f"test_split={config.test_split!r} is a training split too; a test on training rows says nothing (test_share splits one set in two)")
+    if not config.test_share and "split" not in collection.table: raise InputError(f"{collection.name!r} has no column 'split'; add one, or keep a part of the rows for the test with test_share")
+    if not config.test_share and config.test_split in config.train_split.split("+"): raise InputError(f"test_split={config.test_split!r} is a training split too; a test on training rows says nothing (test_share splits one set in two)", field="test_split", value=config.test_split)
     names = label_names(learn if config.test_share else collection, config)
     train = examples(learn, names, config.column)
     if config.test_share:
@@ -80,10 +81,10 @@ def _resumed(config: FineTuneConfig, folder: Path) -> tuple[pd.DataFrame, pd.Dat
     "Runs that are done already"
     empty = pd.DataFrame(columns=COLUMNS), pd.DataFrame(columns=KEY)
     if not config.resume: return empty
-    if not (folder / SETTINGS).is_file(): raise FileNotFoundError(f"resume=True, but {folder / SETTINGS} does not exist; run once without resume")
+    if not (folder / SETTINGS).is_file(): raise MissingFile(f"resume=True, but {folder / SETTINGS} does not exist; run once without resume")
     before = json.loads((folder / SETTINGS).read_text())
     other = {name: (before.get(name), value) for name, value in asdict(config).items() if name not in FREE_ON_RESUME and before.get(name) != value}
-    if other: raise ValueError("the results belong to another study: " + ", ".join(f"{name} was {old!r}, is {now!r}" for name, (old, now) in other.items()))
+    if other: raise InputError("the results belong to another study: " + ", ".join(f"{name} was {old!r}, is {now!r}" for name, (old, now) in other.items()))
     return tuple(pd.read_csv(folder / file) if (folder / file).is_file() else none for file, none in zip((RESULTS, CURVES), empty))
 
 def study(
@@ -96,7 +97,7 @@ def study(
     "Every start, mode, share of labels and seed; rows are written as they come"
     from tqdm.auto import tqdm
     folder = Path(folder) if folder is not None else None
-    if config.resume and folder is None: raise ValueError("resume=True needs the folder of the study")
+    if config.resume and folder is None: raise InputError("resume=True needs the folder of the study")
     results, curves = _resumed(config, folder) if folder is not None else (pd.DataFrame(columns=COLUMNS), pd.DataFrame(columns=KEY))
     starts = open_starts(config.starts, config.encoder) if starts is None else starts
     if not config.resume: results = pd.DataFrame(blind_rows(starts, *split_examples(collection, config, config.seed)))[COLUMNS]
@@ -165,7 +166,7 @@ def gain(
     "What one start is better by than another, seed by seed"
     pairs = results[results["start"].isin([ours, other]) & (results["labels"] > 0)].pivot_table(index=["mode", "labels", "seed"], columns="start", values="accuracy")
     missing = [name for name in (ours, other) if name not in pairs]
-    if missing: raise ValueError(f"no run from {missing[0]!r}; there are {', '.join(sorted(set(results['start'])))}")
+    if missing: raise InputError(f"no run from {missing[0]!r}; there are {', '.join(sorted(set(results['start'])))}")
     better = (pairs[ours] - pairs[other]).dropna()
     return better.groupby(["mode", "labels"]).agg(seeds="count", gain="mean", deviation="std", least="min").reset_index().round(2)
 
@@ -187,7 +188,7 @@ def label_figure(table: pd.DataFrame) -> "Figure": # of `summary`
 def epoch_figure(curves: pd.DataFrame, column: str = "test") -> "Figure": # of a study
     "How fast the runs learn: mean of a column over the seeds, against the steps; a panel a share of labels"
     from matplotlib.figure import Figure
-    if column not in curves: raise ValueError(f"no column {column!r} in the curves; there are {', '.join(curves.columns)}" + (" (set watch to look at the test)" if column == "test" else ""))
+    if column not in curves: raise InputError(f"no column {column!r} in the curves; there are {', '.join(curves.columns)}" + (" (set watch to look at the test)" if column == "test" else ""))
     seen = curves.dropna(subset=[column])
     shares, starts = sorted(seen["labels"].unique()), sorted(seen["start"].unique())
     figure = Figure(figsize=(2.6 * len(shares) + 1, 3), layout="constrained")

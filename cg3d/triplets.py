@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .datasets import Pictures, Published
+from .errors import InputError
 from .points import MISSING_COLOUR, farthest_point_sample, gather
 from .render import ViewSettings, random_views, render_points
 from .shapes import Collection
@@ -41,7 +42,7 @@ TEMPLATES = (
 
 def fill(template: str, name: str) -> str:
     "Put `name` into the `{}` of a template; 'a' before a vowel becomes 'an'."
-    if "{}" not in template: raise ValueError(f"template {template!r} has no {{}} for the name")
+    if "{}" not in template: raise InputError(f"template {template!r} has no {{}} for the name")
     before, _, after = template.partition("{}")
     if name[:1].lower() in tuple("aeiou") and (before in ("a ", "A ") or before.endswith((" a ", " A "))): before = before[:-1] + "n "
     return before + name + after
@@ -109,8 +110,8 @@ class Texts:
 
     def __post_init__(self):
         shares = [getattr(self, kind) for kind in KINDS]
-        if min(shares) < 0 or not 0 < sum(shares) < float("inf"): raise ValueError(f"Texts shares must be >= 0 and not all 0, got {dict(zip(KINDS, shares))}")
-        if not self.templates: raise ValueError("Texts.templates is empty; give at least one, such as 'a {}.'")
+        if min(shares) < 0 or not 0 < sum(shares) < float("inf"): raise InputError(f"Texts shares must be >= 0 and not all 0, got {dict(zip(KINDS, shares))}")
+        if not self.templates: raise InputError("Texts.templates is empty; give at least one, such as 'a {}.'")
         for template in self.templates: fill(template, "")
 
 KINDS = ("caption", "query", "name", "tags", "attributes", "category")
@@ -138,7 +139,7 @@ def captions(
 def _say(said: dict[str, list[str]], texts: Texts, draws: Sequence[float]) -> str:
     "The text that three numbers in [0, 1) choose: kind, text, template."
     kinds = [kind for kind in KINDS if getattr(texts, kind) and kind in said]
-    if not kinds: raise ValueError(f"a shape has no text of the kinds asked for: it offers {sorted(said)}, shares are {[k for k in KINDS if getattr(texts, k)]}")
+    if not kinds: raise InputError(f"a shape has no text of the kinds asked for: it offers {sorted(said)}, shares are {[k for k in KINDS if getattr(texts, k)]}")
     shares = np.cumsum([getattr(texts, kind) for kind in kinds])
     kind = kinds[min(int(np.searchsorted(shares, draws[0] * shares[-1], side="right")), len(kinds) - 1)]
     text = said[kind][int(draws[1] * len(said[kind]))]
@@ -173,7 +174,7 @@ class ViewCache:
         workers: int = 2,               # rendering threads
         progress: bool = True,          # show a bar
     ):
-        if views < 1 or workers < 1 or not len(points): raise ValueError(f"views, workers and shapes must be >= 1, got {views}, {workers}, {len(points)}")
+        if views < 1 or workers < 1 or not len(points): raise InputError(f"views, workers and shapes must be >= 1, got {views}, {workers}, {len(points)}")
         self.settings, self.workers, self.progress = settings, workers, progress
         self.azimuth, self.elevation = random_views((len(points), views), torch.Generator().manual_seed(seed), elevation)
         self.shape = (len(points), views, 3, settings.size, settings.size)
@@ -280,13 +281,13 @@ class Triplets(Dataset):
         progress: bool = True,
     ):
         self.collection = collection if split is None else collection.select(split=split)
-        if not len(self.collection): raise ValueError(f"no shapes in split {split!r}")
-        if points < 1: raise ValueError(f"points must be >= 1, got {points}")
-        if sample not in ("fixed", "fps"): raise ValueError(f"sample must be 'fixed' or 'fps', got {sample!r}")
+        if not len(self.collection): raise InputError(f"no shapes in split {split!r}")
+        if points < 1: raise InputError(f"points must be >= 1, got {points}")
+        if sample not in ("fixed", "fps"): raise InputError(f"sample must be 'fixed' or 'fps', got {sample!r}")
         self.points, self.texts, self.seed, self.train, self.epoch = points, texts, seed, train, 0
         published = isinstance(collection, Published)
         self.clouds = self.collection.clouds() if published else self.collection.points() # (S, N, 6)
-        if points > self.clouds.shape[1]: raise ValueError(f"points={points} but the clouds hold {self.clouds.shape[1]}")
+        if points > self.clouds.shape[1]: raise InputError(f"points={points} but the clouds hold {self.clouds.shape[1]}", field="points", value=points)
         table = self.collection.table
         self.names = table["name"].astype(str).tolist()
         self.ids = (table["id"] if "id" in table else table.index).astype(str).tolist()
@@ -294,7 +295,7 @@ class Triplets(Dataset):
         self.teller = np.random.default_rng(seed).permutation(len(table)) if shuffle_texts else np.arange(len(table)) # whose texts a row tells
         if self.said and shuffle_texts: self.said = [self.said[i] for i in self.teller]
         for i, said in enumerate(self.said or []):
-            if not any(getattr(texts, kind) for kind in said): raise ValueError(f"shape {self.ids[i]!r} has none of the texts asked for; it offers {sorted(said)}")
+            if not any(getattr(texts, kind) for kind in said): raise InputError(f"shape {self.ids[i]!r} has none of the texts asked for; it offers {sorted(said)}")
         self.fixed = None if train else self._fixed_points(sample)
         settings = settings if size is None else replace(settings, size=size)
         if not views: self.cache = None

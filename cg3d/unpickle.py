@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from .errors import UnsafeFile, InputError, MissingFile
+
 # %% ../nbs/08_unpickle.ipynb #c06
 MAX_BYTES = 4 * 2**30 # largest pickle that is read; ModelNet40's training clouds take 1.9 GB
 
-class UnsafePickle(ValueError):
+class UnsafePickle(UnsafeFile):
     "A pickle names something other than arrays and plain containers."
 
 class _Maker:
@@ -41,7 +43,7 @@ class _Array(np.ndarray):
         size = math.prod(shape)
         found = len(content) if kind.hasobject else len(content) / max(1, kind.itemsize)
         if kind.hasobject and kind != np.dtype(object): raise UnsafePickle(f"an array of {kind}, objects inside records")
-        if size < 0 or found != size: raise ValueError(f"an array of shape {tuple(shape)} {kind} with {len(content)} {'objects' if kind.hasobject else 'bytes'} in it")
+        if size < 0 or found != size: raise InputError(f"an array of shape {tuple(shape)} {kind} with {len(content)} {'objects' if kind.hasobject else 'bytes'} in it")
         super().__setstate__(state)
 
 def _empty(kind: Any, shape: tuple, code: Any) -> np.ndarray:
@@ -51,7 +53,7 @@ def _empty(kind: Any, shape: tuple, code: Any) -> np.ndarray:
 def _scalar(kind: np.dtype, content: Any = b"") -> np.generic:
     if kind.hasobject or not isinstance(content, (bytes, str)): raise UnsafePickle(f"a scalar of {kind}")
     content = content.encode("latin1") if isinstance(content, str) else content # Python 2 wrote text
-    if len(content) != kind.itemsize: raise ValueError(f"a scalar of {kind} with {len(content)} bytes")
+    if len(content) != kind.itemsize: raise InputError(f"a scalar of {kind} with {len(content)} bytes")
     return np.frombuffer(content, kind)[0]
 
 def _from_buffer(content: Any, kind: np.dtype, shape: tuple, order: str) -> np.ndarray:
@@ -118,13 +120,13 @@ def unpickle(
     try: return _plain(_Reader(file, encoding="latin1").load(), {})
     except UnsafePickle as error: raise UnsafePickle(f"{name}: refused, the pickle {str(error).removeprefix('the pickle ')}; only numpy arrays and plain containers are read") from error
     except Exception as error: # a broken program fails in any way it likes
-        raise ValueError(f"{name}: not a sound pickle: {type(error).__name__}: {error}") from error
+        raise InputError(f"{name}: not a sound pickle: {type(error).__name__}: {error}") from error
 
 def _check_size(path: Path, limit: int) -> None:
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file")
+    if not path.is_file(): raise MissingFile(f"{path}: no such file", file=path)
     size = path.stat().st_size
-    if size == 0: raise ValueError(f"{path}: the file is empty (0 bytes)")
-    if size > limit: raise ValueError(f"{path}: {size:,} bytes, more than the {limit:,} that are read; raise max_bytes if you trust it")
+    if size == 0: raise InputError(f"{path}: the file is empty (0 bytes)", file=path)
+    if size > limit: raise InputError(f"{path}: {size:,} bytes, more than the {limit:,} that are read; raise max_bytes if you trust it", file=path)
 
 def load_pickle(
     path: str | Path, # .pkl, .dat, .pickle
@@ -148,11 +150,11 @@ def load_npy(
             version = np.lib.format.read_magic(file)
             read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
             shape, fortran, kind = read(file) if read else (None, None, np.dtype(float))
-        except ValueError as error: raise ValueError(f"{path}: not an .npy file: {error}") from error
+        except ValueError as error: raise InputError(f"{path}: not an .npy file: {error}", file=path) from error
         if kind.hasobject:
             _check_size(path, max_bytes)
             array = unpickle(file, str(path))
-            if not isinstance(array, np.ndarray) or array.size != math.prod(shape): raise ValueError(f"{path}: its header says shape {shape}, inside is {type(array).__name__}")
+            if not isinstance(array, np.ndarray) or array.size != math.prod(shape): raise InputError(f"{path}: its header says shape {shape}, inside is {type(array).__name__}", file=path)
             return array.reshape(shape, order="F" if fortran else "C")
     try: return np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error: raise ValueError(f"{path}: a damaged .npy file: {error}") from error
+    except ValueError as error: raise InputError(f"{path}: a damaged .npy file: {error}", file=path) from error

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .errors import InputError, KindError, MissingFile, MissingPackage, PathTaken
+
 if TYPE_CHECKING: from torch import Tensor
 
 # %% ../nbs/57_vectors.ipynb #v05
@@ -30,13 +32,13 @@ def unit_rows(
 ) -> np.ndarray: # float32, (N, D), every row of length 1
     "Rows as directions"
     matrix = matrix.detach().cpu().numpy() if hasattr(matrix, "detach") else np.asarray(matrix)
-    if matrix.dtype.kind != "f": raise TypeError(f"{what} must be floats, got {matrix.dtype}")
-    if matrix.ndim != 2 or matrix.shape[1] == 0: raise ValueError(f"{what} must be (N, D), got {matrix.shape}")
+    if matrix.dtype.kind != "f": raise KindError(f"{what} must be floats, got {matrix.dtype}")
+    if matrix.ndim != 2 or matrix.shape[1] == 0: raise InputError(f"{what} must be (N, D), got {matrix.shape}")
     given = matrix = matrix if matrix.dtype == np.float32 and matrix.flags.c_contiguous else np.ascontiguousarray(matrix, np.float32)
     for first in range(0, len(matrix), CHUNK):
         length = np.linalg.norm(matrix[first : first + CHUNK], axis=1)
         bad = ~(np.isfinite(length) & (length > 0))
-        if bad.any(): raise ValueError(f"row {first + bad.argmax()} of {what} is zero or holds NaN or infinite numbers, so it has no direction")
+        if bad.any(): raise InputError(f"row {first + bad.argmax()} of {what} is zero or holds NaN or infinite numbers, so it has no direction")
         if np.abs(length - 1).max() > 1e-4:
             if matrix is given: matrix = matrix.copy()
             matrix[first : first + CHUNK] /= length[:, None]
@@ -78,7 +80,7 @@ IVFPQ_LEAST = 1_000 # rows that ivfpq is trained on at least
 def import_faiss():
     "faiss, or what to install"
     try: import faiss
-    except ImportError as error: raise ImportError("approximate search needs faiss: pip install 'cg3d[search]', or use kind='exact'") from error
+    except ImportError as error: raise MissingPackage("approximate search needs faiss: pip install 'cg3d[search]', or use kind='exact'") from error
     return faiss
 
 def choose_kind(
@@ -86,7 +88,7 @@ def choose_kind(
     count: int, # rows
 ) -> str: # one of KINDS
     "Structure for so many rows"
-    if kind not in ("auto", *KINDS): raise ValueError(f"kind={kind!r} is unknown; choose from auto, {', '.join(KINDS)}")
+    if kind not in ("auto", *KINDS): raise InputError(f"kind={kind!r} is unknown; choose from auto, {', '.join(KINDS)}", field="kind", value=kind)
     if kind != "auto": return kind
     from importlib.util import find_spec
     if count < HNSW_FROM or find_spec("faiss") is None: return "exact"
@@ -102,7 +104,7 @@ def build_faiss(
     count, dim = vectors.shape
     if kind == "hnsw": recipe = "HNSW32_SQ8"
     elif kind == "ivfpq":
-        if count < IVFPQ_LEAST: raise ValueError(f"kind='ivfpq' needs at least {IVFPQ_LEAST:,} rows to learn its codes from, there are {count:,}; use 'exact'")
+        if count < IVFPQ_LEAST: raise InputError(f"kind='ivfpq' needs at least {IVFPQ_LEAST:,} rows to learn its codes from, there are {count:,}; use 'exact'")
         cells = 2 ** int(np.log2(min(4 * count ** 0.5, count / 39))) # faiss wants 39 rows a cell to learn from
         recipe = f"IVF{cells},PQ{max(m for m in range(1, max(2, dim // 4 + 1)) if dim % m == 0)}x8np" # np: without polysemous training, which takes minutes and is not used
     else: recipe = "Flat"
@@ -170,7 +172,7 @@ def write_folder(
 ) -> Path: # the folder
     "Write files and manifest in one step"
     folder = Path(folder)
-    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())): raise FileExistsError(f"{folder} is there and holds no {MANIFEST}, so it is not an index of cg3d; choose another path")
+    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())): raise PathTaken(f"{folder} is there and holds no {MANIFEST}, so it is not an index of cg3d; choose another path", file=folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
     try:
@@ -212,19 +214,19 @@ def read_manifest(
 ) -> dict: # with files: name -> file (a path), bytes, sha256
     "The manifest, after a look at the size of every file"
     folder = Path(folder)
-    if not (folder / MANIFEST).is_file(): raise FileNotFoundError(f"{folder} is no index: there is no {MANIFEST} in it")
+    if not (folder / MANIFEST).is_file(): raise MissingFile(f"{folder} is no index: there is no {MANIFEST} in it", file=folder)
     try:
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = {name: entry | {"file": folder / Path(entry["file"]).name, "bytes": int(entry["bytes"])} for name, entry in found["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error: raise ValueError(f"{folder / MANIFEST} is damaged or cut short ({error!r}); write the index again") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error: raise InputError(f"{folder / MANIFEST} is damaged or cut short ({error!r}); write the index again") from error
     for name in needed:
-        if name not in files: raise ValueError(f"{folder / MANIFEST} names no {name}; write the index again")
+        if name not in files: raise InputError(f"{folder / MANIFEST} names no {name}; write the index again")
     for name, entry in files.items():
-        if not entry["file"].is_file(): raise FileNotFoundError(f"{entry['file']} is missing; write the index again")
+        if not entry["file"].is_file(): raise MissingFile(f"{entry['file']} is missing; write the index again")
         size = entry["file"].stat().st_size
-        if size != entry["bytes"]: raise ValueError(f"{entry['file']} has {size:,} bytes where {entry['bytes']:,} were written: it is {'cut short' if size < entry['bytes'] else 'not the file that was written'}; write the index again")
+        if size != entry["bytes"]: raise InputError(f"{entry['file']} has {size:,} bytes where {entry['bytes']:,} were written: it is {'cut short' if size < entry['bytes'] else 'not the file that was written'}; write the index again")
     return found | {"files": files}
 
 def check_hash(entry: dict) -> None: # of a manifest's files
     "Read a file in full and compare"
-    if file_hash(entry["file"]) != entry["sha256"]: raise ValueError(f"{entry['file']} has the right size but not the bytes that were written (SHA-256 differs); write the index again")
+    if file_hash(entry["file"]) != entry["sha256"]: raise InputError(f"{entry['file']} has the right size but not the bytes that were written (SHA-256 differs); write the index again")

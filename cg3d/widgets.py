@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .canvas import CloudCanvas, MapCanvas, UploadBox
+from .errors import InputError
 from .files import CLOUD_SUFFIXES, MESH_SUFFIXES
 from .model import CG3D, load
 from .points import MISSING_COLOUR
@@ -108,7 +109,7 @@ class Explorer(Panel):
         super().__init__()
         self.model, self.top = model or load("nano"), top
         collection = furniture().select(split="test") if collection is None else collection
-        if limit < 3 or len(collection) < 3: raise ValueError(f"an Explorer needs at least three shapes, got {min(limit, len(collection))}")
+        if limit < 3 or len(collection) < 3: raise InputError(f"an Explorer needs at least three shapes, got {min(limit, len(collection))}")
         self.shapes = [collection[i] for i in range(min(limit, len(collection)))]
         self.texts = list(dict.fromkeys(shape.name for shape in self.shapes)) if texts is None else list(texts)
         self.selected, self.nearest = None, pd.DataFrame(columns=["row", "kind", "name", "cosine"])
@@ -151,7 +152,7 @@ class Explorer(Panel):
     ) -> pd.DataFrame: # row, kind, name, cosine
         "What lies nearest to a sentence"
         with self.working(f"searching for “{question}”"):
-            if not question.strip(): raise ValueError("the question is empty; type what you look for")
+            if not question.strip(): raise InputError("the question is empty; type what you look for")
             vector = self.model.embed_text(question)[0].cpu()
             of_texts = torch.tensor([kind == "text" for kind in self.kinds])
             self.map.query = ((vector - self.vectors[of_texts].mean(0)) @ self.axes).tolist()
@@ -164,7 +165,7 @@ class Explorer(Panel):
     ) -> pd.DataFrame: # row, kind, name, cosine
         "What lies nearest to a mark"
         with self.working("looking around the mark"):
-            if not 0 <= row < len(self.names): raise ValueError(f"row {row} of a map of {len(self.names)} marks")
+            if not 0 <= row < len(self.names): raise InputError(f"row {row} of a map of {len(self.names)} marks")
             self.map.query, self.map.selected = [], row
             self._answer(self.vectors[row], f"{self.names[row]} ({self.kinds[row]})", row)
         return self.nearest
@@ -216,14 +217,14 @@ class ClassifyMyShape(Panel):
     ) -> None:
         "Read an uploaded file and name it"
         with self.working(f"reading {name} ({len(data) / 1e6:.1f} MB)"):
-            if len(data) > self.upload.limit_mb * 1e6: raise ValueError(f"{name} has {len(data) / 1e6:.0f} MB; the limit is {self.upload.limit_mb:g} MB. Reduce the mesh, or read it in Python with cg3d.read_shape")
+            if len(data) > self.upload.limit_mb * 1e6: raise InputError(f"{name} has {len(data) / 1e6:.0f} MB; the limit is {self.upload.limit_mb:g} MB. Reduce the mesh, or read it in Python with cg3d.read_shape")
             suffix = Path(name).suffix.lower()
-            if suffix not in SUFFIXES: raise ValueError(f"{name}: unknown suffix {suffix!r}; known are {' '.join(SUFFIXES)}")
+            if suffix not in SUFFIXES: raise InputError(f"{name}: unknown suffix {suffix!r}; known are {' '.join(SUFFIXES)}")
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / f"upload{suffix}"
                 path.write_bytes(data)
                 try: shape = read_shape(path, up=None if self.up.value == "auto" else self.up.value)
-                except Exception as error: raise ValueError(str(error).replace(str(path), name)) from error
+                except Exception as error: raise InputError(str(error).replace(str(path), name)) from error
             shape.name, self._file = Path(name).stem, (name, data)
             self.show(shape)
 
@@ -241,9 +242,9 @@ class ClassifyMyShape(Panel):
         lines = [line.strip() for line in self.labels.value.splitlines()]
         labels = [line for line in lines if line]
         with self.working(f"comparing {self.shape.name} with {len(labels)} labels"):
-            if len(labels) < 2: raise ValueError(f"give at least two labels, one a line; there {'is' if len(labels) == 1 else 'are'} {len(labels)}")
+            if len(labels) < 2: raise InputError(f"give at least two labels, one a line; there {'is' if len(labels) == 1 else 'are'} {len(labels)}")
             twice = next((label for label in labels if labels.count(label) > 1), None)
-            if twice: raise ValueError(f"label {twice!r} stands there {labels.count(twice)} times; leave it once")
+            if twice: raise InputError(f"label {twice!r} stands there {labels.count(twice)} times; leave it once")
             self.answers = self.model.classify(self.shape, labels)[["label", "probability", "similarity"]]
             self.bars.value = bars(self.answers)
             best, blank = self.answers.iloc[0], len(lines) - len(labels)
@@ -293,7 +294,7 @@ class AskTheRoom(Panel):
     ) -> Answer | None: # the last good one
         "Light up where the answer is"
         with self.working(f"looking for “{question}”"):
-            if not question.strip(): raise ValueError("the question is empty; type what you look for")
+            if not question.strip(): raise InputError("the question is empty; type what you look for")
             self.answer = query_scene(self.scene, question, self.model, self.how, progress=False)
             self.cloud.show(torch.cat([self.points[:, :3], heat_colours(torch.from_numpy(self.answer.heat))], 1), question, self.limit)
             best = self.answer.table.iloc[0]
@@ -312,7 +313,7 @@ class RunMonitor(Panel):
     ):
         import ipywidgets as w
         super().__init__()
-        if every <= 0: raise ValueError(f"every={every} must be above 0 seconds")
+        if every <= 0: raise InputError(f"every={every} must be above 0 seconds", field="every", value=every)
         run = Path(run)
         self.path, self.every, self.columns = run if run.suffix == ".csv" else run / "metrics.csv", every, columns
         self.table, self._seen, self._done = pd.DataFrame(), None, threading.Event()
@@ -333,7 +334,7 @@ class RunMonitor(Panel):
         with self.working(f"reading {self.path}"):
             whole = self.path.read_text().rpartition("\n")[0] # a last line without its end is still being written
             rows = [line.split(",") for line in whole.splitlines() if line.strip()]
-            if len(rows) < 2: raise ValueError(f"{self.path} has no finished epoch yet")
+            if len(rows) < 2: raise InputError(f"{self.path} has no finished epoch yet", file=self.path)
             table = pd.DataFrame([row for row in rows[1:] if len(row) == len(rows[0])], columns=rows[0]).apply(pd.to_numeric, errors="coerce")
             self.picture.value = still(curves(table, self.columns), colours=32)
             end = table.iloc[-1]

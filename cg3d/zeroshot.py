@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import InputError
 from .metrics import confusion, mean_class_accuracy, top_k
 from .model import CG3D, checked_labels
 from .points import depth_view
@@ -52,7 +53,7 @@ def templates_of(text: str) -> tuple[str, ...]:
     "Sentences out of one string: the name of a set, or sentences with {} separated by |; empty: `own`"
     text = text.strip() or "own"
     if "{}" not in text:
-        if text not in TEMPLATE_SETS: raise ValueError(f"templates={text!r} is neither a set ({', '.join(TEMPLATE_SETS)}) nor sentences with {{}} for the label, separated by |")
+        if text not in TEMPLATE_SETS: raise InputError(f"templates={text!r} is neither a set ({', '.join(TEMPLATE_SETS)}) nor sentences with {{}} for the label, separated by |", field="templates", value=text)
         return TEMPLATE_SETS[text]
     chosen = tuple(part.strip() for part in text.split("|") if part.strip())
     for template in chosen: fill(template, "label")
@@ -67,7 +68,7 @@ def directions(
     normalise: bool = True, # False: text vectors keep their own length, as in CG3D's evaluation
 ) -> Tensor: # (C, D), float32
     "A vector for each label: the mean of its sentences"
-    if isinstance(labels, str) or len(labels) < 2: raise ValueError(f"give at least two labels to choose from, got {labels!r}")
+    if isinstance(labels, str) or len(labels) < 2: raise InputError(f"give at least two labels to choose from, got {labels!r}")
     labels = checked_labels(labels)
     sentences = [fill(template, label) for label in labels for template in templates]
     texts = torch.cat([tower.encode_text(sentences[i:i + 256]).float() for i in range(0, len(sentences), 256)])
@@ -82,10 +83,10 @@ def frequent_labels(
     column: str = "category", # of the table
 ) -> list[str]: # sorted
     "Labels that enough shapes carry; empty cells are no label"
-    if column not in collection.table: raise ValueError(f"no column {column!r} in the table; it has {', '.join(collection.table.columns)}")
+    if column not in collection.table: raise InputError(f"no column {column!r} in the table; it has {', '.join(collection.table.columns)}")
     counts = collection.table[column].astype(str).str.strip().value_counts()
     labels = sorted(label for label, count in counts.items() if label and count >= min_shapes)
-    if len(labels) < 2: raise ValueError(f"{len(labels)} label(s) in column {column!r} with at least {min_shapes} shapes; lower min_shapes")
+    if len(labels) < 2: raise InputError(f"{len(labels)} label(s) in column {column!r} with at least {min_shapes} shapes; lower min_shapes")
     return labels
 
 def labelled(
@@ -94,10 +95,10 @@ def labelled(
     column: str = "category",
 ) -> tuple[Collection, Tensor]: # the rows that carry one of the labels, and which one, (N,)
     "Rows with a true answer among the labels"
-    if column not in collection.table: raise ValueError(f"no column {column!r} in the table; it has {', '.join(collection.table.columns)}")
+    if column not in collection.table: raise InputError(f"no column {column!r} in the table; it has {', '.join(collection.table.columns)}")
     words = collection.table[column].astype(str).str.strip()
     keep = words.isin(list(labels)).to_numpy()
-    if not keep.any(): raise ValueError(f"no shape carries one of the {len(labels)} labels {list(labels)[:5]} in column {column!r}")
+    if not keep.any(): raise InputError(f"no shape carries one of the {len(labels)} labels {list(labels)[:5]} in column {column!r}")
     return collection.select(keep), torch.tensor([list(labels).index(word) for word in words[keep]])
 
 # %% ../nbs/60_zeroshot.ipynb #c14

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .pointmlp import LocalGrouper, PointMLP, PointMLPConfig
 from .pointtransformer import PointTransformer, PointTransformerConfig
+from ..errors import InputError
 from ..points import farthest_point_sample, gather
 
 # %% ../../nbs/24_grouping.ipynb #d5e6c423
@@ -24,7 +25,7 @@ def sample_centres(
 ) -> Tensor:  # indices into N, (B, k), int64
     "Farthest point sampling from index 0, with the near-origin rule of `pointnet2_ops`."
     if skip_below is None: return farthest_point_sample(xyz, k)
-    if not 1 <= k <= xyz.shape[1]: raise ValueError(f"cannot take k={k} points from clouds of {xyz.shape[1]}")
+    if not 1 <= k <= xyz.shape[1]: raise InputError(f"cannot take k={k} points from clouds of {xyz.shape[1]}", field="k", value=k)
     planes = xyz.permute(2, 0, 1).contiguous()  # (3, B, N)
     open_ = planes.square().sum(0) > skip_below
     gap = torch.where(open_, 1e10, -1.0)  # squared distance to the nearest taken point; -1: never a candidate
@@ -86,7 +87,7 @@ class PointBERT(PointTransformer):
         bias: bool = True,  # of the last projection
     ):
         if (config.groups, config.neighbours) != (grouping.groups, grouping.neighbours):
-            raise ValueError(f"the configuration names {config.groups} groups of {config.neighbours}, the rule {grouping.groups} of {grouping.neighbours}")
+            raise InputError(f"the configuration names {config.groups} groups of {config.neighbours}, the rule {grouping.groups} of {grouping.neighbours}")
         super().__init__(config)
         self.grouping = grouping
         self.projection = nn.Linear(2 * config.width, config.dim, bias=bias)

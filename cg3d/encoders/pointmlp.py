@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .registry import EncoderConfig, PointEncoder, WarmBatchNorm1d, neighbourhoods, register_encoder
+from ..errors import InputError
 from ..points import gather
 
 # %% ../../nbs/22_pointmlp.ipynb #c6
@@ -31,13 +32,13 @@ class PointMLPConfig(EncoderConfig):
         super().__post_init__()
         lengths = {len(getattr(self, name)) for name in ("anchors", "growth", "pre_blocks", "pos_blocks")}
         if len(lengths) != 1:
-            raise ValueError("anchors, growth, pre_blocks and pos_blocks need one entry a stage each")
+            raise InputError("anchors, growth, pre_blocks and pos_blocks need one entry a stage each")
         if any(after > before for before, after in zip(self.anchors, self.anchors[1:])):
-            raise ValueError(f"anchors {self.anchors} must not grow from stage to stage")
+            raise InputError(f"anchors {self.anchors} must not grow from stage to stage")
         if any(before < self.neighbours for before in self.anchors[:-1]):
-            raise ValueError(f"{self.neighbours} neighbours cannot be found among anchors {self.anchors}")
+            raise InputError(f"{self.neighbours} neighbours cannot be found among anchors {self.anchors}")
         if self.expansion <= 0:
-            raise ValueError(f"expansion is {self.expansion}; it must be positive")
+            raise InputError(f"expansion is {self.expansion}; it must be positive")
 
 # %% ../../nbs/22_pointmlp.ipynb #c9
 class LocalGrouper(nn.Module):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .registry import EncoderConfig, PointEncoder, WarmBatchNorm1d, neighbourhoods, register_encoder
+from ..errors import InputError
 from ..points import gather
 
 # %% ../../nbs/23_pointtransformer.ipynb #c6
@@ -33,11 +34,11 @@ class PointTransformerConfig(EncoderConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+            raise InputError(f"width {self.width} is not a multiple of heads {self.heads}")
         if len(self.patch_hidden) != 3:
-            raise ValueError(f"patch_hidden takes three widths, got {self.patch_hidden}")
+            raise InputError(f"patch_hidden takes three widths, got {self.patch_hidden}")
         if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path is {self.drop_path}; it must lie in [0, 1)")
+            raise InputError(f"drop_path is {self.drop_path}; it must lie in [0, 1)")
 
 # %% ../../nbs/23_pointtransformer.ipynb #c9
 def pointwise(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .grouping import Grouping
 from .registry import EncoderConfig, PointEncoder
+from ..errors import InputError
 from ..points import gather
 
 # %% ../../nbs/25_ppat.ipynb #11a50e45
@@ -33,7 +34,7 @@ class PPATConfig(EncoderConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.radius <= 0: raise ValueError(f"radius is {self.radius}; it must be positive")
+        if self.radius <= 0: raise InputError(f"radius is {self.radius}; it must be positive")
 
 
 class BallReader(nn.Module):
@@ -145,7 +146,7 @@ class PPAT(PointEncoder):
         config: PPATConfig,
         projected: bool = True,  # False: the class token itself, as in OpenShape's B/32 file
     ):
-        if not projected and config.dim != config.width: raise ValueError(f"without a projection dim is the width, {config.width}, not {config.dim}")
+        if not projected and config.dim != config.width: raise InputError(f"without a projection dim is the width, {config.width}, not {config.dim}")
         super().__init__(config, min_points=max(config.groups, config.neighbours))
         self.ppat = PointPatchTransformer(config)
         self.proj = nn.Linear(config.width, config.dim) if projected else nn.Identity()

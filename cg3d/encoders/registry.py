@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError, KindError
 from ..points import farthest_point_sample, knn, with_colour
 
 # %% ../../nbs/20_encoders.ipynb #c6
@@ -24,7 +25,7 @@ class EncoderConfig:
 
     def __post_init__(self):
         if self.in_channels not in (3, 6):
-            raise ValueError(f"in_channels is {self.in_channels}; use 3 (xyz) or 6 (xyz and rgb)")
+            raise InputError(f"in_channels is {self.in_channels}; use 3 (xyz) or 6 (xyz and rgb)")
         for field in fields(self):
             check_number(field.name, getattr(self, field.name), whole=field.type is not float)
 
@@ -37,9 +38,9 @@ def check_number(
     "Refuse what is not a number, and sizes that are not whole numbers of at least one."
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, bool) or not isinstance(number, int if whole else (int, float)):
-            raise TypeError(f"{name} is {value!r}; it takes {'integers' if whole else 'a number'}")
+            raise KindError(f"{name} is {value!r}; it takes {'integers' if whole else 'a number'}")
         if whole and number < 1:
-            raise ValueError(f"{name} is {value!r}; sizes must be at least 1")
+            raise InputError(f"{name} is {value!r}; sizes must be at least 1")
 
 # %% ../../nbs/20_encoders.ipynb #c10
 class PointEncoder(nn.Module):
@@ -64,9 +65,9 @@ class PointEncoder(nn.Module):
     ) -> Tensor:  # (B, N, in_channels)
         "The cloud as this network reads it, or an error that says what is wrong with it."
         if points.ndim != 3 or points.shape[-1] not in (3, 6) or not points.is_floating_point():
-            raise ValueError(f"points must be float (B, N, 3) or (B, N, 6), got {points.dtype} {tuple(points.shape)}")
+            raise InputError(f"points must be float (B, N, 3) or (B, N, 6), got {points.dtype} {tuple(points.shape)}")
         if points.shape[1] < self.min_points:
-            raise ValueError(
+            raise InputError(
                 f"{type(self).__name__} needs at least {self.min_points} points, got {points.shape[1]}; "
                 "sample the shape more densely, or create the encoder with fewer groups or anchors"
             )
@@ -125,9 +126,9 @@ def register_encoder(
 ) -> None:
     "Make `create_encoder(name)` know a network, one's own included."
     if not (isinstance(build, type) and issubclass(build, PointEncoder)):
-        raise TypeError(f"{build!r} is not a subclass of PointEncoder")
+        raise KindError(f"{build!r} is not a subclass of PointEncoder")
     if name in _ENCODERS and _ENCODERS[name][0].__qualname__ != build.__qualname__:
-        raise ValueError(f"{name!r} already names {_ENCODERS[name][0].__qualname__}; choose another name")
+        raise InputError(f"{name!r} already names {_ENCODERS[name][0].__qualname__}; choose another name")
     _ENCODERS[name] = (build, config)
 
 
@@ -146,10 +147,10 @@ def create_encoder(
 ) -> PointEncoder:  # (B, N, 3 or 6) -> (B, dim)
     "A new encoder with random weights."
     if name not in list_encoders():
-        raise ValueError(f"no encoder {name!r}; there are {', '.join(list_encoders())}")
+        raise InputError(f"no encoder {name!r}; there are {', '.join(list_encoders())}")
     build, default = _ENCODERS[name]
     unknown = sorted(set(config) - {field.name for field in fields(default)})
     if unknown:
         known = ", ".join(field.name for field in fields(default))
-        raise ValueError(f"{name} has no setting {', '.join(map(repr, unknown))}; it has {known}")
+        raise InputError(f"{name} has no setting {', '.join(map(repr, unknown))}; it has {known}")
     return build(replace(default, dim=dim, in_channels=in_channels, **config))

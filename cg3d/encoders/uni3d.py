@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .grouping import Grouping
 from .pointtransformer import PatchReader
 from .registry import EncoderConfig, PointEncoder, check_number
+from ..errors import InputError
 from ..points import gather
 
 # %% ../../nbs/26_uni3d.ipynb #5fb7fdf4
@@ -36,12 +37,12 @@ class Uni3DConfig(EncoderConfig):
     style: str = "eva02"  # of the blocks, one of STYLES
 
     def __post_init__(self):
-        if self.style not in STYLES: raise ValueError(f"unknown style {self.style!r}; there are {', '.join(STYLES)}")
+        if self.style not in STYLES: raise InputError(f"unknown style {self.style!r}; there are {', '.join(STYLES)}")
         for field in fields(self):
             if field.name != "style": check_number(field.name, getattr(self, field.name))
-        if self.in_channels not in (3, 6): raise ValueError(f"in_channels is {self.in_channels}; use 3 (xyz) or 6 (xyz and rgb)")
-        if self.width % self.heads: raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if len(self.patch_hidden) != 3: raise ValueError(f"patch_hidden takes three widths, got {self.patch_hidden}")
+        if self.in_channels not in (3, 6): raise InputError(f"in_channels is {self.in_channels}; use 3 (xyz) or 6 (xyz and rgb)")
+        if self.width % self.heads: raise InputError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if len(self.patch_hidden) != 3: raise InputError(f"patch_hidden takes three widths, got {self.patch_hidden}")
 
 # %% ../../nbs/26_uni3d.ipynb #17104103
 class EvaAttention(nn.Module):
@@ -174,5 +175,5 @@ def uni3d_config(
     **changes,  # fields of Uni3DConfig
 ) -> Uni3DConfig:
     "The configuration of a published size."
-    if size not in SIZES: raise ValueError(f"no size {size!r}; there are {', '.join(SIZES)}")
+    if size not in SIZES: raise InputError(f"no size {size!r}; there are {', '.join(SIZES)}")
     return Uni3DConfig(**(dict(zip(("width", "depth", "heads", "hidden", "style"), SIZES[size])) | changes))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..datasets import Listing, Record, named, register_layout
+from ..errors import InputError
 from ..files import CLOUD_SUFFIXES, MESH_SUFFIXES
 from ..shapes import TURN, Collection, read_collection, read_shape
 
@@ -27,7 +28,7 @@ def shape_files(root: Path) -> list[Path]:
 def _table_of(root: Path) -> Path | None:
     "The one table in a folder."
     tables = sorted(root.glob("*.csv"))
-    if len(tables) > 1: raise ValueError(f"{root}: {len(tables)} tables ({', '.join(file.name for file in tables)}); give the path of the one to read")
+    if len(tables) > 1: raise InputError(f"{root}: {len(tables)} tables ({', '.join(file.name for file in tables)}); give the path of the one to read", file=root)
     return tables[0] if tables else None
 
 def _find_folder(path: Path) -> Path | None:
@@ -50,7 +51,7 @@ def _locate(table: pd.DataFrame, root: Path, source: Path) -> list[Path]:
     by_stem = {}
     for file in shape_files(root): by_stem.setdefault(file.stem, file)
     key = next((name for name in ("id", "name") if name in table), None)
-    if key is None: raise ValueError(f"{source}: no column {', '.join(FILE_COLUMNS)}, id or name that says which file a row means; it has {', '.join(table.columns)}")
+    if key is None: raise InputError(f"{source}: no column {', '.join(FILE_COLUMNS)}, id or name that says which file a row means; it has {', '.join(table.columns)}")
     return [by_stem.get(str(value), root / str(value)) for value in table[key]]
 
 def _without_table(root: Path) -> pd.DataFrame:
@@ -64,10 +65,10 @@ def folder(root: Path, names: str, up: str | None) -> Listing:
     source = root if root.is_file() else _table_of(root)
     root = root.parent if root.is_file() else root
     try: table = pd.read_csv(source, keep_default_na=False, dtype=dict.fromkeys(WORDS, str)) if source else _without_table(root)
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error: raise ValueError(f"{source}: not a table: {error}") from error
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error: raise InputError(f"{source}: not a table: {error}") from error
     table["file"] = [str(file) for file in _locate(table, root, source or root)]
     given = [column for column in ("name", "category") if column in table]
-    if not given: raise ValueError(f"{source}: no column name or category that says what a shape is; it has {', '.join(table.columns)}")
+    if not given: raise InputError(f"{source}: no column name or category that says what a shape is; it has {', '.join(table.columns)}")
     for column in ("name", "category"): table[column] = table[column if column in table else given[0]].astype(str).map(lambda text: named(text.strip(), names))
     if "split" not in table: table["split"] = "all"
     table["id"] = table["id"].astype(str) if "id" in table else [str(Path(file).relative_to(root).with_suffix("")) if Path(file).is_relative_to(root) else file for file in table["file"]]
@@ -81,7 +82,7 @@ def folder(root: Path, names: str, up: str | None) -> Listing:
     if empty: problems.append(f"{empty} rows have neither name nor category")
     ups = [up or (str(row) or None) for row in (table["up"] if "up" in table else [""] * len(table))]
     unknown = sorted({axis for axis in ups if axis is not None and axis not in TURN})
-    if unknown: raise ValueError(f"{source}: up={unknown[0]!r} is not one of {', '.join(TURN)}")
+    if unknown: raise InputError(f"{source}: up={unknown[0]!r} is not one of {', '.join(TURN)}")
     def read(row: int) -> Record:
         file = Path(table["file"].iat[row])
         shape = read_shape(file, points=PER_MESH if file.suffix.lower() in MESH_SUFFIXES else None, up=ups[row])
@@ -102,5 +103,5 @@ def _find_packed(path: Path) -> Path | None:
 @register_layout("packed", "a packed collection of this project: x.npz with x.csv", _find_packed)
 def packed(root: Path, names: str, up: str | None) -> Collection:
     "As `read_collection`."
-    if up is not None: raise ValueError(f"{root}: a packed collection is y up; leave up away")
+    if up is not None: raise InputError(f"{root}: a packed collection is y up; leave up away", file=root)
     return read_collection(root)

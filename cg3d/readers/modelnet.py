@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..datasets import Listing, Record, named, register_layout
+from ..errors import InputError, MissingPackage
 from ..unpickle import load_npy, load_pickle
 
 # %% ../../nbs/11_modelnet.ipynb #c05
@@ -30,14 +31,14 @@ def class_list(file: Path, published: list[str]) -> list[str]:
     "Names as a file beside the data lists them, else as they were published."
     if not file.is_file(): return published
     names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not names: raise ValueError(f"{file}: no class names in it")
+    if not names: raise InputError(f"{file}: no class names in it", file=file)
     return names
 
 def labelled_table(rows: list[dict], classes: list[str], names: str, source: str) -> pd.DataFrame:
     "Rows with split, id, label (a number), file, found -> the table of a listing."
     table = pd.DataFrame(rows, columns=["split", "id", "label", "file", "at", "found"])
     wrong = table[(table["label"] < 0) | (table["label"] >= len(classes))]
-    if len(wrong): raise ValueError(f"{source}: label {wrong['label'].iloc[0]} of shape {wrong['id'].iloc[0]!r} is none of the {len(classes)} classes")
+    if len(wrong): raise InputError(f"{source}: label {wrong['label'].iloc[0]} of shape {wrong['id'].iloc[0]!r} is none of the {len(classes)} classes")
     words = [named(classes[label], names) for label in table["label"]]
     return table.assign(name=words, category=words)
 
@@ -45,8 +46,8 @@ def labelled_table(rows: list[dict], classes: list[str], names: str, source: str
 def _read_text(file: Path) -> Record:
     "Rows `x,y,z,nx,ny,nz`."
     try: table = pd.read_csv(file, header=None, dtype=np.float32, sep=",")
-    except (ValueError, pd.errors.ParserError, pd.errors.EmptyDataError) as error: raise ValueError(f"{file}: a row is not made of numbers: {error}") from error
-    if table.shape[1] < 3: raise ValueError(f"{file}: {table.shape[1]} columns, expected x,y,z,nx,ny,nz")
+    except (ValueError, pd.errors.ParserError, pd.errors.EmptyDataError) as error: raise InputError(f"{file}: a row is not made of numbers: {error}", file=file) from error
+    if table.shape[1] < 3: raise InputError(f"{file}: {table.shape[1]} columns, expected x,y,z,nx,ny,nz", file=file)
     return Record(table.to_numpy()[:, :3])
 
 def _find_text(path: Path, which: str) -> Path | None:
@@ -61,7 +62,7 @@ def _list_text(root: Path, names: str, up: str | None, which: str) -> Listing:
         source = root / f"modelnet{which}_{split}.txt"
         for line in source.read_text(encoding="utf-8").split() if source.is_file() else []:
             word = line.rpartition("_")[0]
-            if word not in number: raise ValueError(f"{source}: {line!r} belongs to none of the {len(classes)} classes")
+            if word not in number: raise InputError(f"{source}: {line!r} belongs to none of the {len(classes)} classes")
             file = root / word / f"{line}.txt"
             rows.append(dict(split=split, id=line, label=number[word], file=str(file), at=0, found=file.is_file()))
     table = labelled_table(rows, classes, names, str(root))
@@ -81,14 +82,14 @@ def modelnet10(root: Path, names: str, up: str | None) -> Listing:
 @lru_cache(maxsize=8) # ModelNet40 has seven files
 def _h5_arrays(file: Path, stamp: tuple) -> tuple[np.ndarray, np.ndarray]: # data (n, N, 3), label (n,)
     try: import h5py
-    except ImportError as error: raise ImportError(f"{file}: reading HDF5 needs h5py: pip install 'cg3d[data]'") from error
+    except ImportError as error: raise MissingPackage(f"{file}: reading HDF5 needs h5py: pip install 'cg3d[data]'", file=file) from error
     try: opened = h5py.File(file, "r")
-    except OSError as error: raise ValueError(f"{file}: not a sound HDF5 file: {error}") from error
+    except OSError as error: raise InputError(f"{file}: not a sound HDF5 file: {error}", file=file) from error
     with opened:
         missing = [key for key in ("data", "label") if key not in opened]
-        if missing: raise ValueError(f"{file}: no key {missing[0]!r}; it has {', '.join(sorted(opened)) or 'none'}")
+        if missing: raise InputError(f"{file}: no key {missing[0]!r}; it has {', '.join(sorted(opened)) or 'none'}", file=file)
         data, label = np.asarray(opened["data"]), np.asarray(opened["label"]).reshape(-1)
-    if data.ndim != 3 or data.shape[2] < 3 or len(data) != len(label): raise ValueError(f"{file}: data {data.shape} with label {label.shape}, expected (n, N, 3) and (n,)")
+    if data.ndim != 3 or data.shape[2] < 3 or len(data) != len(label): raise InputError(f"{file}: data {data.shape} with label {label.shape}, expected (n, N, 3) and (n,)", file=file)
     return data[:, :, :3].astype(np.float32), label.astype(np.int64)
 
 def h5_arrays(file: Path) -> tuple[np.ndarray, np.ndarray]: # points (n, N, 3), labels (n,)
@@ -163,7 +164,7 @@ _register_scan("pb_t50_rs", "ScanObjectNN PB_T50_RS: main_split/{training,test}_
 @lru_cache(maxsize=2)
 def _pickled(file: Path, stamp: tuple) -> tuple[list, np.ndarray]:
     content = load_pickle(file)
-    if not isinstance(content, (list, tuple)) or len(content) != 2 or len(content[0]) != len(content[1]): raise ValueError(f"{file}: expected [list of clouds, list of labels], found {type(content).__name__} of {len(content) if hasattr(content, '__len__') else 'no'} parts")
+    if not isinstance(content, (list, tuple)) or len(content) != 2 or len(content[0]) != len(content[1]): raise InputError(f"{file}: expected [list of clouds, list of labels], found {type(content).__name__} of {len(content) if hasattr(content, '__len__') else 'no'} parts", file=file)
     return content[0], np.array([int(np.asarray(label).reshape(-1)[0]) for label in content[1]])
 
 def pickled(file: Path) -> tuple[list[np.ndarray], np.ndarray]: # clouds, labels
@@ -180,7 +181,7 @@ def modelnet_pickle(root: Path, names: str, up: str | None) -> Listing:
     "ModelNet10 or 40, farthest points first."
     files = sorted(_dat_files(root), key=lambda file: "_test_" in file.name)
     which = {file.name[len("modelnet"):].split("_")[0] for file in files}
-    if len(which) != 1 or not which <= MODELNET.keys(): raise ValueError(f"{root}: files of ModelNet {sorted(which)} side by side; give the path of one file")
+    if len(which) != 1 or not which <= MODELNET.keys(): raise InputError(f"{root}: files of ModelNet {sorted(which)} side by side; give the path of one file", file=root)
     (which,), rows = which, []
     folder = root if root.is_dir() else root.parent
     classes = class_list(folder / f"modelnet{which}_shape_names.txt", MODELNET[which])
@@ -212,13 +213,13 @@ def _inside(*names: str, folder: str):
 def modelnet40_openshape(root: Path, names: str, up: str | None) -> Listing:
     "2,468 test shapes, 10,000 points, a constant grey."
     file, entries = root / "test_pc.npy", json.loads((root / "test_split.json").read_text())
-    if len(objects(file)) != len(entries): raise ValueError(f"{file}: {len(objects(file))} clouds for {len(entries)} rows of test_split.json")
+    if len(objects(file)) != len(entries): raise InputError(f"{file}: {len(objects(file))} clouds for {len(entries)} rows of test_split.json", file=file)
     classes = class_list(root / "modelnet40_shape_names.txt", MODELNET40)
     number = {name: i for i, name in enumerate(classes)} | {name.replace("_", " "): i for i, name in enumerate(classes)}
     table = labelled_table([dict(split="test", id=str(entry.get("name", i)), label=number.get(entry["category"], -1), file=str(file), at=i, found=True) for i, entry in enumerate(entries)], classes, names, str(root))
     def read(row: int) -> Record:
         cloud = objects(file)[row]
-        if not isinstance(cloud, dict) or "xyz" not in cloud: raise ValueError(f"{file}: item {row} has no key 'xyz'; it has {sorted(cloud) if isinstance(cloud, dict) else type(cloud).__name__}")
+        if not isinstance(cloud, dict) or "xyz" not in cloud: raise InputError(f"{file}: item {row} has no key 'xyz'; it has {sorted(cloud) if isinstance(cloud, dict) else type(cloud).__name__}", file=file)
         return Record(cloud["xyz"], unit_rgb(cloud["rgb"]) if "rgb" in cloud else None)
     return Listing(table, read, [named(name, names) for name in classes], up or "y")
 
@@ -229,7 +230,7 @@ def scanobjectnn_openshape(root: Path, names: str, up: str | None) -> Listing:
     data = objects(file)
     data = data.item() if data.ndim == 0 else data
     missing = [key for key in ("xyz", "label") if not isinstance(data, dict) or key not in data]
-    if missing: raise ValueError(f"{file}: no key {missing[0]!r}; it has {sorted(data) if isinstance(data, dict) else type(data).__name__}")
+    if missing: raise InputError(f"{file}: no key {missing[0]!r}; it has {sorted(data) if isinstance(data, dict) else type(data).__name__}", file=file)
     labels = np.asarray(data["label"]).reshape(-1).astype(int)
     table = labelled_table([dict(split="test", id=f"{i:05d}", label=int(label), file=str(file), at=i, found=True) for i, label in enumerate(labels)], SCANOBJECTNN, names, str(file))
     read = lambda row: Record(data["xyz"][row], unit_rgb(data["rgb"][row]) if "rgb" in data else None)

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..datasets import Listing, Record, named, register_layout
+from ..errors import InputError
 from .modelnet import unit_rgb
 from ..unpickle import load_npy
 
@@ -41,13 +42,13 @@ def read_dictionary(
     "Points, colours, texts and features of one shape."
     data = load_npy(file)
     data = data.item() if data.dtype == object and data.size == 1 else data
-    if not isinstance(data, dict): raise ValueError(f"{file}: holds {getattr(data, 'dtype', type(data).__name__)} {getattr(data, 'shape', '')}, not a dictionary with xyz")
-    if "xyz" not in data: raise ValueError(f"{file}: no key 'xyz'; it has {', '.join(sorted(map(str, data)))}")
+    if not isinstance(data, dict): raise InputError(f"{file}: holds {getattr(data, 'dtype', type(data).__name__)} {getattr(data, 'shape', '')}, not a dictionary with xyz", file=file)
+    if "xyz" not in data: raise InputError(f"{file}: no key 'xyz'; it has {', '.join(sorted(map(str, data)))}", file=file)
     words = {"name": _first(data.get("text")) if raw_text else "", "caption": _first(data.get("blip_caption")) or _first(data.get("msft_caption")), "query": _first(data.get("retrieval_text"))}
     features = {key: array for key in data if str(key).endswith("_feat") and (array := _as_arrays(data[key])) is not None}
     rgb = data.get("rgb")
     try: return Record(data["xyz"], None if rgb is None else unit_rgb(rgb), words, features)
-    except ValueError as error: raise ValueError(f"{file}: {error}") from error
+    except ValueError as error: raise InputError(f"{file}: {error}", file=file) from error
 
 # %% ../../nbs/11_objaverse.ipynb #c07
 class Finder:
@@ -66,7 +67,7 @@ class Finder:
     def __call__(self, path: str) -> tuple[Path, bool]: # where it is or should be, whether it is there
         "Look for one path."
         parts = [part for part in PurePosixPath(path.replace("\\", "/")).parts if part not in ("/", "..", ".")]
-        if not parts: raise ValueError(f"{path!r} is no path of a file")
+        if not parts: raise InputError(f"{path!r} is no path of a file")
         if Path(path).is_absolute() and self.exists(Path(path)): return Path(path), True
         rules = [(root, keep) for keep in range(len(parts), 0, -1) for root in self.roots]
         if self.rule is not None: rules = [self.rule, *rules]
@@ -79,21 +80,21 @@ class Finder:
 
 def _json(file: Path):
     try: return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error: raise ValueError(f"{file}: not JSON: {error}") from error
+    except json.JSONDecodeError as error: raise InputError(f"{file}: not JSON: {error}", file=file) from error
 
 def _rows_of(file: Path) -> list[dict]: # id, category, number or None, path
     "The rows of one list, whichever of the four forms it has."
     if file.suffix == ".txt":
         cells = [line.split(",", 3) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         bad = next((row for row in cells if len(row) != 4 or not row[0].isdigit()), None)
-        if bad: raise ValueError(f"{file}: {','.join(bad)!r} is not cate_id,cate_name,model_id,relpath")
+        if bad: raise InputError(f"{file}: {','.join(bad)!r} is not cate_id,cate_name,model_id,relpath", file=file)
         return [dict(id=row[2], category=row[1], number=int(row[0]), path=row[3]) for row in cells]
     content = _json(file)
     if isinstance(content, dict): return [dict(id=uid, path=path, **_ulip_class(file, uid)) for uid, path in content.items()]
     rows = []
     for entry in content:
         path, key = entry.get("data_path"), entry.get("uid", entry.get("id"))
-        if path is None or key is None: raise ValueError(f"{file}: a row has no {'data_path' if path is None else 'id or uid'}; it has {', '.join(entry)}")
+        if path is None or key is None: raise InputError(f"{file}: a row has no {'data_path' if path is None else 'id or uid'}; it has {', '.join(entry)}", file=file)
         rows.append(dict(id=str(key), category=str(entry.get("category", "")), number=None, path=path, group=str(entry.get("group", "")), dataset=str(entry.get("dataset", ""))))
     return rows
 
@@ -116,7 +117,7 @@ def class_order(
     if not len(labelled): return []
     if labelled["number"].isna().any(): return sorted(set(labelled["category"]))
     pairs = labelled[["number", "category"]].drop_duplicates().sort_values("number")
-    if pairs["number"].duplicated().any() or pairs["category"].duplicated().any(): raise ValueError(f"{file}: a class has two numbers, or a number two classes")
+    if pairs["number"].duplicated().any() or pairs["category"].duplicated().any(): raise InputError(f"{file}: a class has two numbers, or a number two classes", file=file)
     return pairs["category"].tolist()
 
 def list_objects(root: Path, lists: list[Path], roots: list[Path], names: str, up: str | None) -> Listing:
@@ -126,11 +127,11 @@ def list_objects(root: Path, lists: list[Path], roots: list[Path], names: str, u
         for row in _rows_of(file):
             where, found = find(str(row.pop("path")))
             rows.append(row | dict(split="lvis" if file.name == "lvis_testset.txt" else file.stem, file=str(where), found=found))
-    if not rows: raise ValueError(f"{root}: its lists ({', '.join(file.name for file in lists)}) are empty")
+    if not rows: raise InputError(f"{root}: its lists ({', '.join(file.name for file in lists)}) are empty", file=root)
     table = pd.DataFrame(rows).fillna({"category": "", "group": "", "dataset": ""} if "group" in rows[0] else {"category": ""})
     order = class_order(table, ", ".join(map(str, lists)))
     labels = [named(word, names) for word in order]
-    if len(set(labels)) != len(labels): raise ValueError(f"{root}: two classes have the same name once cleaned; use names='verbatim'")
+    if len(set(labels)) != len(labels): raise InputError(f"{root}: two classes have the same name once cleaned; use names='verbatim'", file=root)
     table["label"] = table["category"].map({word: i for i, word in enumerate(order)}).fillna(-1).astype(int)
     table["category"] = [named(word, names) for word in table["category"]]
     table["name"] = table["category"]
@@ -182,7 +183,7 @@ def read_neighbours(
     data = load_npy(file)
     data = data.item() if data.size == 1 else data
     missing = [key for key in ("name", "index") if not isinstance(data, dict) or key not in data]
-    if missing: raise ValueError(f"{file}: no key {missing[0]!r}")
+    if missing: raise InputError(f"{file}: no key {missing[0]!r}", file=file)
     ids = [str(name) for name in data["name"]]
     index = data["index"]
     pairs = index.items() if isinstance(index, dict) else zip(ids, index)

@@ -14,14 +14,15 @@ import numpy as np
 import pandas as pd
 
 from ..datasets import Listing, Record, named, register_layout
+from ..errors import InputError, MissingFile
 
 # %% ../../nbs/11_scannet.ipynb #c05
 def _json(file: Path, key: str):
     "One key of a JSON file."
-    if not file.is_file(): raise FileNotFoundError(f"{file}: no such file; a ScanNet scene has its mesh, its segments and its aggregation")
+    if not file.is_file(): raise MissingFile(f"{file}: no such file; a ScanNet scene has its mesh, its segments and its aggregation", file=file)
     try: content = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error: raise ValueError(f"{file}: not JSON: {error}") from error
-    if not isinstance(content, dict) or key not in content: raise ValueError(f"{file}: no key {key!r}; it has {', '.join(content) if isinstance(content, dict) else type(content).__name__}")
+    except json.JSONDecodeError as error: raise InputError(f"{file}: not JSON: {error}", file=file) from error
+    if not isinstance(content, dict) or key not in content: raise InputError(f"{file}: no key {key!r}; it has {', '.join(content) if isinstance(content, dict) else type(content).__name__}", file=file)
     return content[key]
 
 def _one(folder: Path, pattern: str) -> Path:
@@ -34,9 +35,9 @@ def _groups(folder: Path) -> list[dict]: return _json(folder / f"{folder.name}.a
 def _vertices(file: Path) -> tuple[np.ndarray, np.ndarray | None]: # xyz (N, 3), rgb (N, 3) uint8 or None
     "The vertices of a mesh in their order; segments count on it."
     import trimesh
-    if not file.is_file(): raise FileNotFoundError(f"{file}: no such file")
+    if not file.is_file(): raise MissingFile(f"{file}: no such file", file=file)
     try: mesh = trimesh.load(file, process=False, maintain_order=True)
-    except Exception as error: raise ValueError(f"{file}: not a sound PLY file: {type(error).__name__}: {error}") from error # parsers fail in many ways
+    except Exception as error: raise InputError(f"{file}: not a sound PLY file: {type(error).__name__}: {error}", file=file) from error # parsers fail in many ways
     colours = getattr(getattr(mesh, "visual", None), "vertex_colors", None) if hasattr(mesh, "faces") else getattr(mesh, "colors", None)
     return np.asarray(mesh.vertices, np.float32), None if colours is None or len(colours) != len(mesh.vertices) else np.asarray(colours)[:, :3].astype(np.uint8)
 
@@ -52,7 +53,7 @@ def _scene(folder: Path, stamp: tuple) -> dict[str, np.ndarray]:
     points, colours = _vertices(_mesh(folder))
     source = _one(folder, "_vh_clean_2*.segs.json")
     segment = np.asarray(_json(source, "segIndices"))
-    if len(segment) != len(points): raise ValueError(f"{source}: {len(segment):,} segIndices for {len(points):,} vertices of {_mesh(folder).name}")
+    if len(segment) != len(points): raise InputError(f"{source}: {len(segment):,} segIndices for {len(points):,} vertices of {_mesh(folder).name}")
     groups, instance = _groups(folder), np.full(len(points), -1, np.int16)
     for number, group in enumerate(groups): instance[np.isin(segment, group["segments"])] = number
     return dict(points=points, colors=np.full(points.shape, 102, np.uint8) if colours is None else colours, instance=instance, labels=np.array([str(group["label"]) for group in groups]))
@@ -94,6 +95,6 @@ def scannet(root: Path, names: str, up: str | None) -> Listing:
     def read(row: int) -> Record:
         scene, number = read_scene(Path(table["file"].iat[row]).parent), table["object"].iat[row]
         inside = scene["instance"] == number
-        if inside.sum() < 2: raise ValueError(f"{table['file'].iat[row]}: object {table['id'].iat[row]!r} has {inside.sum()} vertices")
+        if inside.sum() < 2: raise InputError(f"{table['file'].iat[row]}: object {table['id'].iat[row]!r} has {inside.sum()} vertices")
         return Record(scene["points"][inside], scene["colors"][inside] / np.float32(255))
     return Listing(table.assign(name=table["category"]), read, labels, up or "z", notes=[f"{table['scene'].nunique()} scenes; objects are turned from z up to y up"])

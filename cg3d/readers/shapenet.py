@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..datasets import Listing, Record, named, register_layout
+from ..errors import InputError
 from ..unpickle import load_npy
 
 # %% ../../nbs/11_shapenet.ipynb #c05
@@ -34,13 +35,13 @@ def split_id(
 ) -> tuple[str, str]: # synset, model
     "Synset and model of a line; a model id may contain hyphens."
     synset, hyphen, model = line.strip().removesuffix(".npy").partition("-")
-    if not hyphen or not model: raise ValueError(f"{line!r} is not <synset>-<model>.npy")
+    if not hyphen or not model: raise InputError(f"{line!r} is not <synset>-<model>.npy")
     return synset, model
 
 def read_ids(path: Path) -> list[tuple[str, str]]: # synset, model
     "Shapes that a list names."
     try: return [split_id(line) for line in read_lines(path)]
-    except ValueError as error: raise ValueError(f"{path}: {error}") from error
+    except ValueError as error: raise InputError(f"{path}: {error}", file=path) from error
 
 def read_lines(path: Path) -> list[str]:
     "Lines of a list, blanks and empty ones left out."
@@ -52,13 +53,13 @@ def read_taxonomy(
     "Names of the synsets."
     if not path.is_file(): return {synset: [name] for synset, name in SYNSETS.items()}
     try: return {entry["synsetId"]: [word.strip() for word in entry["name"].split(",") if word.strip()] for entry in json.loads(path.read_text(encoding="utf-8"))}
-    except (json.JSONDecodeError, KeyError, TypeError) as error: raise ValueError(f"{path}: not a list of {{synsetId, name}}: {type(error).__name__} {error}") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error: raise InputError(f"{path}: not a list of {{synsetId, name}}: {type(error).__name__} {error}", file=path) from error
 
 # %% ../../nbs/11_shapenet.ipynb #c10
 def read_cloud(path: Path) -> Record:
     "A float array (N, 3), or (N, 6) with colours in [0, 1] or 0..255."
     array = load_npy(path)
-    if array.dtype.kind not in "fiu" or array.ndim != 2 or array.shape[1] not in (3, 6): raise ValueError(f"{path}: {array.dtype} {array.shape}, expected numbers (N, 3) or (N, 6)")
+    if array.dtype.kind not in "fiu" or array.ndim != 2 or array.shape[1] not in (3, 6): raise InputError(f"{path}: {array.dtype} {array.shape}, expected numbers (N, 3) or (N, 6)", file=path)
     array = np.array(array, np.float32)
     rgb = array[:, 3:] if array.shape[1] == 6 else None
     return Record(array[:, :3], None if rgb is None else rgb / 255 if rgb.max() > 1 else rgb)
@@ -75,7 +76,7 @@ def list_shapes(
     rows = []
     for split, path in lists.items():
         for synset, model in read_ids(path):
-            if synset not in taxonomy: raise ValueError(f"{path}: synset {synset!r} of model {model!r} has no name in taxonomy.json")
+            if synset not in taxonomy: raise InputError(f"{path}: synset {synset!r} of model {model!r} has no name in taxonomy.json", file=path)
             first, *others = taxonomy[synset]
             first, file = renames.get(first, first), f"{synset}-{model}.npy"
             rows.append(dict(split=split, id=f"{synset}-{model}", name=named(first, names), category=named(first, names), tags=", ".join(others), synset=synset, model=model, file=str(clouds / file), found=file in there))
