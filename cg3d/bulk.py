@@ -10,9 +10,11 @@ __all__ = ['SHAPE_SUFFIXES', 'MAX_MB', 'Source', 'check_size', 'shape_files', 'f
 import hashlib
 import json
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -20,10 +22,13 @@ import pandas as pd
 from .datasets import read_dataset
 from .errors import Cg3dError, InputError, MissingFile
 from .files import CLOUD_SUFFIXES, MESH_SUFFIXES
+from .folders import hold, write_file
 from .model import CG3D
 from .queries import model_fingerprint
 from .shapes import Collection, Shape, furniture, read_collection, read_shape
 from .share import Embeddings, check_suffix, write_embeddings
+
+if TYPE_CHECKING: from filelock import BaseFileLock
 
 # %% ../nbs/74_bulk.ipynb #c06
 SHAPE_SUFFIXES = MESH_SUFFIXES + CLOUD_SUFFIXES
@@ -108,6 +113,7 @@ class Journal:
     "What an unfinished run has embedded."
     folder: Path # x.parquet.part
     header: dict # model, source, ...: a continuation must have the same
+    lock: "BaseFileLock" # nobody else writes there
     rows: dict[str, np.ndarray] = field(default_factory=dict) # key -> vector
 
     @classmethod
@@ -118,31 +124,28 @@ class Journal:
     ) -> "Journal":
         "Begin, or go on with what is there."
         folder = Path(f"{out}.part")
-        journal, head = cls(folder, header), folder / "header.json"
+        journal, head = cls(folder, header, hold(folder)), folder / "header.json"
         if head.is_file():
             there = json.loads(head.read_text(encoding="utf-8"))
             differs = [key for key in header if there.get(key) != header[key]]
             if differs: raise InputError(f"{folder} holds an unfinished run with another {' and '.join(differs)} ({there.get(differs[0])!r}, now {header[differs[0]]!r}); finish that one, or delete the folder", file=folder)
             for shard in sorted(folder.glob("[0-9]*.npz")):
-                with np.load(shard, allow_pickle=False) as archive: journal.rows |= dict(zip(archive["keys"].tolist(), archive["vectors"]))
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            _put(head, lambda file: file.write(json.dumps(header, indent=2).encode()))
+                try:
+                    with np.load(shard, allow_pickle=False) as archive: journal.rows |= dict(zip(archive["keys"].tolist(), archive["vectors"]))
+                except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile): shard.unlink() # damaged: its shapes are embedded again
+        else: write_file(head, lambda path: path.write_text(json.dumps(header, indent=2), encoding="utf-8"))
         return journal
 
     def add(self, keys: Sequence[str], vectors: np.ndarray):
         "Keep a batch; it is on disk when this returns."
         number = 1 + max((int(path.stem) for path in self.folder.glob("[0-9]*.npz")), default=-1)
-        _put(self.folder / f"{number:06d}.npz", lambda file: np.savez(file, keys=np.array(keys), vectors=vectors))
+        write_file(self.folder / f"{number:06d}.npz", lambda path: np.savez(path, keys=np.array(keys), vectors=vectors))
         self.rows |= dict(zip(keys, vectors))
 
-    def close(self): shutil.rmtree(self.folder)
+    def close(self):
+        self.lock.release()
+        shutil.rmtree(self.folder)
 
-def _put(path: Path, write: Callable):
-    "Write a file that is either complete or not there."
-    scratch = path.with_name(f".{path.name}.tmp")
-    with open(scratch, "wb") as file: write(file)
-    scratch.replace(path)
 
 # %% ../nbs/74_bulk.ipynb #c14
 class Interrupted(Cg3dError):
@@ -200,6 +203,7 @@ def embed_source(
             journal.add([keys[row] for row in rows], model.embed(shapes, batch_size).cpu().numpy())
     except KeyboardInterrupt as stop:
         done = sum(key in journal.rows for key in keys)
+        journal.lock.release()
         raise Interrupted(f"interrupted: {done} of {len(keys)} shapes are kept in {journal.folder}; the same command does the rest") from stop
     found = [row for row, key in enumerate(keys) if key in journal.rows]
     if not found:

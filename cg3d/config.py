@@ -9,6 +9,7 @@ __all__ = ['CHOICES', 'RANGES', 'TrainConfig', 'checked', 'encoder_choice', 'che
 # %% ../nbs/48_config.ipynb #c02
 import json
 import re
+import reprlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -63,6 +64,7 @@ class TrainConfig:
     min_lr: float = 1e-6 # floor of the cosine
     clip_grad: float = 1.0 # longest gradient, 0 for no limit
     ema: float = 0.0 # decay of the averaged weights, 0 for none
+    max_skipped: int = 10 # steps in a row whose loss or gradient is NaN or infinite and that are left out; then the run stops
     # run
     device: str = "auto" # auto, cpu, cuda, cuda:1
     precision: str = "auto" # auto (bf16 where the device is fast at it), fp32, bf16
@@ -90,8 +92,9 @@ def checked(
     "The value if it is of the kind, else a TypeError that says what was given"
     if kind is float and type(value) is int: return float(value)
     if type(value) is kind: return value
+    shown = reprlib.repr(value) # a value from a file may be endless
     hint = " (papermill reads -p x True and -p x 3 as Python does; true in small letters is a string)" if isinstance(value, str) else ""
-    raise KindError(f"{name}={value!r} is a {type(value).__name__}; it takes a {kind.__name__}{hint}", field=name, value=value)
+    raise KindError(f"{name}={shown} is a {type(value).__name__}; it takes a {kind.__name__}{hint}", field=name, value=value)
 
 # %% ../nbs/48_config.ipynb #c08
 def encoder_choice(
@@ -141,7 +144,7 @@ RANGES = { # smallest and largest allowed value
     "min_shapes": (1, None), "limit": (0, None), "points": (2, None), "views": (1, None), "view_size": (16, 1024), "prompt_tokens": (1, 256),
     "weight_3d_text": (0, None), "weight_3d_image": (0, None), "weight_image_text": (0, None), "temperature": (0, 100), "hard_negatives": (0, 1),
     "epochs": (1, None), "batch_size": (2, None), "lr": (0, None), "weight_decay": (0, None), "prompt_lr": (0, None), "prompt_decay": (0, None),
-    "warmup": (0, 1), "min_lr": (0, None), "clip_grad": (0, None), "ema": (0, 0.99999), "seed": (0, 2**31),
+    "warmup": (0, 1), "min_lr": (0, None), "clip_grad": (0, None), "max_skipped": (1, None), "ema": (0, 0.99999), "seed": (0, 2**31),
 }
 
 def check_ranges(config: TrainConfig) -> None:

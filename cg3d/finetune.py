@@ -11,7 +11,6 @@ __all__ = ['CHOICES', 'RANGES', 'SPARE', 'FineTuneConfig', 'words', 'check_setti
 import copy
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from .config import TrainConfig, checked, encoder_choice
 from .encoders import registry
 from .errors import InputError, MissingFile
+from .folders import write_file
 from .learner import parameter_groups, pick_device, rate, use_bf16
 from .metrics import mean_class_accuracy, top_k
 from .model import CG3D, as_points, resample
@@ -217,9 +217,7 @@ def save_classifier(
             "encoder_cfg": asdict(classifier.encoder.config) if name else None, "notes": notes}
     state = {key: value.detach().cpu().contiguous().clone() for key, value in classifier.state_dict().items()}
     for file, write in (("model.safetensors", lambda path: save_file(state, path)), (CLASSIFIER_FILE, lambda path: path.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8"))):
-        scratch_file = folder / f".{file}.part"
-        write(scratch_file)
-        os.replace(scratch_file, folder / file)
+        write_file(folder / file, write)
     return folder
 
 def load_classifier(

@@ -15,11 +15,12 @@ import pandas as pd
 from torch import Tensor
 
 from .errors import InputError
+from .folders import MANIFEST, check_hash, read_manifest, write_folder
 from .filters import Filter
 from .model import CG3D
 from .queries import as_vectors, embed_items, model_fingerprint, model_name, model_stamp, table_of, with_ids
 from .shapes import Collection, Shape
-from .vectors import MANIFEST, add_faiss, approximate_top, build_faiss, check_hash, choose_kind, exact_top, import_faiss, read_manifest, unit_rows, write_folder
+from .vectors import add_faiss, approximate_top, build_faiss, choose_kind, exact_top, import_faiss, unit_rows
 
 # %% ../nbs/59_index.ipynb #i05
 FORMAT = "cg3d-index-1" # raise when the files change, so that old ones are refused

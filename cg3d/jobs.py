@@ -23,6 +23,7 @@ from .callbacks import standard_callbacks
 from .backbone import Backbone
 from .config import TrainConfig, encoder_choice
 from .datasets import Published, read_dataset
+from .folders import flush
 from .learner import Learner, pick_device
 from .losses import PAIRS, TriModalLoss
 from .model import CG3D, CG3DConfig
@@ -124,6 +125,7 @@ class FeatureCache:
                 array[first:first + len(rows)] = found.float().cpu().numpy().reshape(len(rows), count, -1)
                 if (first // step) % 200 == 199: array.flush(), mark.write_text(json.dumps({"done": first + len(rows), "part": part.name}))
             array.flush()
+            flush(part)
             os.replace(part, self.path)
             mark.unlink(missing_ok=True)
         self.array = np.load(self.path, mmap_mode="r", allow_pickle=False)
@@ -155,12 +157,11 @@ def make_learner(
     model: CG3D | None = None, # None: as the configuration says
     progress: bool = True,
 ) -> Learner: # ready for .fit()
-    "Model, loss, optimisers and callbacks of a run; writes its settings to `train.json`"
+    "Model, loss, optimisers and callbacks of a run"
     model = model or make_model(config)
     loss = TriModalLoss((config.weight_3d_text, config.weight_3d_image, config.weight_image_text), config.temperature or 1 / model.backbone.logit_scale,
                         config.learnable_temperature, "caption" if config.positives == "class" else config.positives, config.hard_negatives)
     callbacks = standard_callbacks(config, folder, progress)
-    config.to_json(Path(folder) / "train.json")
     if config.schedule == "frozen" and triplets.cache is not None: triplets = with_features(triplets, model.backbone.to(pick_device(config.device)), progress)
     return Learner(model, loss, triplets, config, callbacks,
                    augment=None if config.augment == "none" else getattr(Augment, config.augment)(),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import TrainConfig
-from .errors import InputError
+from .errors import Diverged, InputError
 from .losses import PAIRS
 
 # %% ../nbs/50_learner.ipynb #c07
@@ -135,6 +135,7 @@ class Callback:
     def after_step(self, learner: "Learner") -> None: pass
     def after_epoch(self, learner: "Learner") -> None: pass
     def after_fit(self, learner: "Learner") -> None: pass
+    def close(self, learner: "Learner") -> None: pass # whatever happened
 
 # %% ../nbs/50_learner.ipynb #c22
 class Learner:
@@ -161,7 +162,8 @@ class Learner:
         self.batch_size = min(config.batch_size, len(data))
         self.steps_per_epoch = len(data) // self.batch_size # the last, smaller batch is dropped, as its quiz is easier
         self.total = config.epochs * self.steps_per_epoch
-        self.step, self.stop, self.logs = 0, False, {}
+        self.step, self.stop, self.logs, self.grad_norm = 0, "", {}, math.nan
+        self.trouble, self.skipped, self.in_a_row = "", 0, 0 # of the last step; steps left out, in all and the last ones in a row
         self.optimizers = self.make_optimizers()
 
     @property
@@ -185,7 +187,9 @@ class Learner:
 
     def batch(self) -> dict:
         "The batch of this step, augmented, on the device"
-        batch = self.data.batch(self.rows(self.epoch)[self.step % self.steps_per_epoch].tolist(), self.epoch)
+        rows = self.rows(self.epoch)[self.step % self.steps_per_epoch].tolist()
+        batch = self.data.batch(rows, self.epoch)
+        self.ids = [str(name) for name in batch.get("id", rows)] # for a report, should the step fail
         generator = torch.Generator(self.device).manual_seed(self.config.seed * 100003 + self.step)
         for name, augment in (("points", self.augment), ("images", self.augment_images)):
             if name not in batch: continue # no pair asks for images
@@ -205,19 +209,27 @@ class Learner:
         return self.loss(points, image, text, same, phase.pairs)
 
     def one_step(self) -> None:
-        "Forward, backward, update"
+        "Forward, backward, update; a loss or a gradient that is not finite changes nothing but the counts"
         turn = self.step % len(self.phases)
         phase, optimizer = self.phases[turn], self.optimizers[turn]
+        statistics = [(value, value.clone()) for value in self.model.encoder.buffers()] # the forward pass of a BatchNorm changes them
         out = self.losses(self.batch(), phase)
-        if not out["loss"].isfinite(): raise FloatingPointError(f"the loss is {out['loss'].item()} at step {self.step}; lower lr={self.config.lr} or set clip_grad")
         optimizer.zero_grad()
-        out["loss"].backward()
-        learning = [value for group in optimizer.param_groups for value in group["params"]]
-        self.grad_norm = nn.utils.clip_grad_norm_(learning, self.config.clip_grad or math.inf).item()
+        self.trouble = "" if out["loss"].isfinite() else f"a loss of {out['loss'].item()}"
+        if not self.trouble:
+            out["loss"].backward()
+            learning = [value for group in optimizer.param_groups for value in group["params"]]
+            self.grad_norm = nn.utils.clip_grad_norm_(learning, self.config.clip_grad or math.inf).item()
+            if not math.isfinite(self.grad_norm): self.trouble = f"a gradient of length {self.grad_norm}"
         for group in optimizer.param_groups:
             floor = self.config.min_lr / max(group["peak"], self.config.min_lr, 1e-30)
             group["lr"] = group["peak"] * (rate(self.step, self.total, round(self.config.warmup * self.total), floor) if group["cosine"] else 1.0)
-        optimizer.step()
+        if self.trouble:
+            for value, before in statistics: value.copy_(before)
+            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        else:
+            optimizer.step()
+            self.in_a_row = 0
         self.logs, self.lr = {name: value.item() for name, value in out.items()}, self.optimizers[0].param_groups[0]["lr"]
         self.step += 1
 
@@ -225,32 +237,38 @@ class Learner:
         for callback in self.callbacks: getattr(callback, moment)(self)
 
     def fit(self) -> "Learner":
-        "Train to the end, or until someone presses Ctrl-C"
+        "Train to the end, or until Ctrl-C; after a SIGTERM the run is saved and the process exits"
         torch.manual_seed(self.config.seed)
-        self.call("before_fit")
-        with finish_step_on_interrupt(self):
-            while self.step < self.total and not self.stop:
-                self.model.train()
-                self.call("before_step")
-                self.one_step()
-                self.call("after_step")
-                if self.step % self.steps_per_epoch == 0: self.call("after_epoch")
-        self.call("after_fit")
+        try:
+            self.call("before_fit")
+            with finish_step_on_interrupt(self):
+                while self.step < self.total and not self.stop:
+                    self.model.train()
+                    self.call("before_step")
+                    self.one_step()
+                    self.call("after_step")
+                    if self.in_a_row >= self.config.max_skipped: raise Diverged(
+                        f"{self.in_a_row} steps in a row, the last one step {self.step - 1}, gave {self.trouble}; their shapes are listed in skipped.jsonl beside metrics.csv. "
+                        f"Look at them, lower lr={self.config.lr}, or set clip_grad", field="lr", value=self.config.lr)
+                    if self.step % self.steps_per_epoch == 0: self.call("after_epoch")
+                self.call("after_fit")
+        finally: self.call("close")
+        if self.stop == "SIGTERM": raise SystemExit(128 + signal.SIGTERM)
         return self
 
 # %% ../nbs/50_learner.ipynb #c24
 @contextlib.contextmanager
 def finish_step_on_interrupt(learner: Learner) -> Iterator[None]:
-    "While inside, the first interrupt sets `learner.stop`; one raised by a callback does the same"
+    "While inside, the first SIGINT or SIGTERM sets `learner.stop` to its name; an interrupt raised by a callback does the same"
     def note(number, frame):
         if learner.stop: raise KeyboardInterrupt
-        learner.stop = True
-        print("interrupted: finishing the step, then saving")
-    try: before = signal.signal(signal.SIGINT, note)
-    except ValueError: before = None  # not the main thread
+        learner.stop = signal.Signals(number).name
+        print(f"{learner.stop}: finishing the step, then saving", flush=True)
+    try: before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError: before = {}  # not the main thread
     try: yield
     except KeyboardInterrupt:
         if learner.stop: raise
-        learner.stop = True
+        learner.stop = "SIGINT"
     finally:
-        if before is not None: signal.signal(signal.SIGINT, before)
+        for number, handler in before.items(): signal.signal(number, handler)

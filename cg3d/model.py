@@ -9,7 +9,6 @@ __all__ = ['WEIGHTS_FILE', 'CONFIG_FILE', 'PUBLISHED', 'CG3DConfig', 'resample',
 
 # %% ../nbs/34_model.ipynb #da4b9237
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from .backbone import Backbone, fit_images, load_backbone
 from .encoders.registry import create_encoder
 from .errors import InputError, KindError, MissingFile
+from .folders import write_file
 from .points import check_points, farthest_point_sample, gather, normalize, with_colour
 from .prompts import Prompts
 from .shapes import Shape, data_dir
@@ -279,9 +279,7 @@ def save(
     if half: state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
     config = replace(model.config, clip_fingerprint=model.backbone.fingerprint())
     for name, write in ((WEIGHTS_FILE, lambda path: save_file(state, path)), (CONFIG_FILE, lambda path: path.write_text(json.dumps(asdict(config), indent=2) + "\n"))):
-        scratch = folder / f".{name}.part"
-        write(scratch)
-        os.replace(scratch, folder / name)
+        write_file(folder / name, write)
     return folder
 
 CG3D.save = save

@@ -7,7 +7,6 @@ __all__ = ['PENALTIES', 'SHOTS', 'feature_key', 'cached_features', 'linear_probe
 
 # %% ../nbs/67_probe.ipynb #c02
 import hashlib
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .finetune import accuracies, features, relabel, settled
+from .folders import write_file
 from .model import CG3D
 from .render import ViewSettings, render_points, ring_views
 from .shapes import Collection
@@ -55,10 +55,7 @@ def cached_features(
         if found.ndim == 2 and len(found) == len(points) and found.dtype == np.float32 and np.isfinite(found).all(): return torch.from_numpy(found)
     except (OSError, ValueError, EOFError): pass # not there, or damaged
     found = features(encoder, settled(points, count), device=device)
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".{os.getpid()}.part")
-    with scratch.open("wb") as file: np.save(file, found.numpy())
-    os.replace(scratch, path)
+    write_file(path, lambda scratch: np.save(scratch, found.numpy()))
     return found
 
 # %% ../nbs/67_probe.ipynb #c07

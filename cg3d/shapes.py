@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .errors import InputError, MissingFile
 from .files import read_points, unit_colours
+from .folders import write_file
 from .points import MISSING_COLOUR, normalize, with_colour
 
 # %% ../nbs/02_shapes.ipynb #cell004
@@ -264,9 +265,9 @@ def write_collection(
         if len(columns) != len(rows): raise InputError(f"{len(columns)} rows of columns for {len(rows)} shapes")
         table = table.assign(**{key: columns[key].to_numpy() for key in columns})
     stem = path.with_suffix("") if path.suffix == ".npz" else path
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(f"{stem}.npz", points=np.stack(packed["points"]), colors=np.stack(packed["colors"]), has_color=np.array(packed["has_color"]))
-    table.to_csv(f"{stem}.csv", index=False, lineterminator="\n")
+    arrays = {"points": np.stack(packed["points"]), "colors": np.stack(packed["colors"]), "has_color": np.array(packed["has_color"])}
+    write_file(f"{stem}.npz", lambda scratch: np.savez_compressed(scratch, **arrays))
+    write_file(f"{stem}.csv", lambda scratch: table.to_csv(scratch, index=False, lineterminator="\n"))
     return read_collection(stem)
 
 # %% ../nbs/02_shapes.ipynb #cell022

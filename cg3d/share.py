@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from .errors import InputError, MissingFile, MissingPackage
+from .folders import write_file
 from .model import CG3D, PUBLISHED, load
 
 if TYPE_CHECKING:
@@ -99,13 +100,8 @@ def write_embeddings(
 ) -> Path:
     "Write a table of embeddings."
     path = check_suffix(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.tmp")
-    with open(scratch, "wb") as file:
-        if path.suffix == ".parquet": _arrow().parquet.write_table(to_arrow(embeddings), file)
-        else: np.savez_compressed(file, **_arrays(embeddings))
-    scratch.replace(path)
-    return path
+    if path.suffix == ".parquet": return write_file(path, lambda scratch: _arrow().parquet.write_table(to_arrow(embeddings), scratch))
+    return write_file(path, lambda scratch: np.savez_compressed(scratch, **_arrays(embeddings)))
 
 def read_embeddings(path: str | Path) -> Embeddings:
     "Read what `write_embeddings` wrote, or any Parquet file with a column `embedding`."

@@ -9,7 +9,6 @@ __all__ = ['MAJORITY', 'ZERO_SHOT', 'RESULTS', 'CURVES', 'SETTINGS', 'COLUMNS', 
 
 # %% ../nbs/67_study.ipynb #c02
 import json
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ from torch import Tensor
 from .errors import InputError, MissingFile
 from .evaluate import nouns_of
 from .finetune import CHOICES, Classifier, FineTuneConfig, accuracies, features, fine_tune, settled, spare, words
+from .folders import write_file
 from .learner import pick_device
 from .model import embed_labels
 from .plots import OKABE_ITO
@@ -146,8 +146,7 @@ def _write(folder: Path, config: FineTuneConfig, results: pd.DataFrame, curves: 
     "The three files of a study, each replaced in one step"
     folder.mkdir(parents=True, exist_ok=True)
     for file, write in ((RESULTS, lambda path: results.round(4).to_csv(path, index=False)), (CURVES, lambda path: curves.round(4).to_csv(path, index=False)), (SETTINGS, config.to_json)):
-        write(folder / f".{file}.part")
-        os.replace(folder / f".{file}.part", folder / file)
+        write_file(folder / file, write)
 
 # %% ../nbs/67_study.ipynb #c07
 def summary(

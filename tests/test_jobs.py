@@ -44,7 +44,7 @@ def smoke(tmp_path_factory):
 
 def test_train_writes_its_run(smoke):
     run = smoke / "run"
-    for name in ("train.json", "config.json", "model.safetensors", "state.pt", "metrics.csv", "results.csv", "figures/loss.png", "figures/confusion.png"):
+    for name in ("train.json", "config.json", "model.safetensors", "environment.json", "checkpoints", "metrics.csv", "results.csv", "figures/loss.png", "figures/confusion.png"):
         assert (run / name).stat().st_size > 0, name
     table = pd.read_csv(run / "results.csv")
     assert {"3D encoder", "majority class", "render a view, ask the image tower"} <= set(table["method"])

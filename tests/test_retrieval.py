@@ -291,8 +291,8 @@ def test_a_save_that_fails_leaves_the_old_index(tmp_path, monkeypatch, step):
 
 def test_a_folder_with_other_things_is_not_overwritten(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(FileExistsError, match="not an index"): random_index(20).save(tmp_path)
-    with pytest.raises(FileExistsError, match="not an index"): random_index(20).save(tmp_path / "thesis.tex")
+    with pytest.raises(FileExistsError, match="did not write it"): random_index(20).save(tmp_path)
+    with pytest.raises(FileExistsError, match="did not write it"): random_index(20).save(tmp_path / "thesis.tex")
     assert (tmp_path / "thesis.tex").read_text() == "x"
 
 

@@ -1,0 +1,136 @@
+"""Kill training with `kill -9` at random moments, go on, and compare the weights with those of an undisturbed run.
+
+    python benchmarks/crash.py                 # 50 kills over all schedules, then 20 over embed, index and collection writing
+    python benchmarks/crash.py --kills 6 --writes 6
+
+Each attempt is a forked child, so that torch is imported once; a child that is killed leaves only its files."""
+import argparse
+import hashlib
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import cg3d
+from cg3d.bulk import collection_source, embed_source
+from cg3d.config import TrainConfig
+from cg3d.folders import check_hash, read_manifest
+from cg3d.index import ShapeIndex
+from cg3d.jobs import make_learner, make_model, make_triplets, read_data
+from cg3d.shapes import furniture, read_collection, write_collection
+
+SCHEDULES = {"joint": {}, "alternate": {"prompt_optimizer": "sgd"}, "frozen": {"visual_prompt": "none"}}
+
+
+def child(work) -> int:
+    "Process number of a child that does `work` and exits"
+    process = os.fork()
+    if process: return process
+    out = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(out, 1)
+    try: work(), os._exit(0)
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        os._exit(1)
+
+
+def attempt(work, seconds: float | None = None) -> bool:
+    "Whether the child came to its end; it is killed after `seconds`"
+    process = child(work)
+    if seconds is not None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if (found := os.waitpid(process, os.WNOHANG))[0]:
+                if found[1]: raise RuntimeError(f"the job failed by itself: status {found[1]}")
+                return True
+            time.sleep(0.002)
+        os.kill(process, signal.SIGKILL)
+    status = os.waitpid(process, 0)[1]
+    if status and not os.WIFSIGNALED(status): raise RuntimeError(f"the job failed by itself: status {status}")
+    return status == 0
+
+
+def flat(value, name=""):
+    "Every leaf of a state under its name"
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else None
+    if children is None: yield name, value
+    else:
+        for key, item in children: yield from flat(item, f"{name}.{key}")
+
+
+def outcome(folder: Path) -> str:
+    "Hash over the model's file and everything in the last checkpoint"
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes())
+    file = read_manifest(max((folder / "checkpoints").iterdir()), ["state.pt"])["files"]["state.pt"]
+    check_hash(file)
+    for name, leaf in flat(torch.load(file["file"], weights_only=True)):
+        if name not in (".config.out", ".config.resume"): digest.update(name.encode() + (leaf.numpy().tobytes() if isinstance(leaf, torch.Tensor) else repr(leaf).encode()))
+    return digest.hexdigest()
+
+
+def training(kills: int, place: Path) -> int:
+    "Bit-identical finishes among `kills` disturbed runs"
+    os.environ["CG3D_CACHE"] = str(place / "cache")
+    collection, same = read_data("furniture"), 0
+    for number, (schedule, options) in enumerate(SCHEDULES.items()):
+        config = TrainConfig(encoder="pointnet", limit=24, points=128, views=2, view_size=32, batch_size=8, epochs=6, ema=0.9, schedule=schedule, texts="all", learnable_temperature=True, device="cpu", precision="fp32", **options)
+        triplets = make_triplets(collection, config, progress=False)
+        def work(folder, resume): make_learner(replace(config, out=str(folder), resume=resume), folder, triplets, make_model(config), progress=False).fit()
+        start = time.monotonic()
+        attempt(lambda: work(place / schedule, False))
+        whole, good = time.monotonic() - start, outcome(place / schedule)
+        for turn in range(kills // 3 + (number < kills % 3)):
+            folder = place / f"{schedule}{turn}"
+            shutil.rmtree(place / "cache" / "features", ignore_errors=True) if turn % 2 else None
+            done, deaths = attempt(lambda: work(folder, False), random.uniform(0, whole)), 1
+            while not done: # killed once more in every third run
+                resume = any((folder / "checkpoints").glob("[0-9]*"))
+                done = attempt(lambda: work(folder, resume), random.uniform(0, whole) if turn % 3 == 0 and deaths == 1 else None)
+                deaths += 1
+            left = sorted(path.name for path in (folder / "checkpoints").iterdir())
+            same += (found := outcome(folder) == good) and len(left) == 2
+            if not found: print(f"{schedule} {turn}: other weights")
+            shutil.rmtree(folder)
+        print(f"{schedule}: {whole:.1f} s undisturbed, {same} bit-identical finishes so far", flush=True)
+    return same
+
+
+def writing(kills: int, place: Path) -> int:
+    "Sound outputs among `kills` disturbed embeddings, indices and collections"
+    model, shapes, sound = cg3d.load("nano"), furniture().select(split="test"), 0
+    source = collection_source(shapes, "furniture")
+    source.table, source.stamps = source.table.iloc[:48].reset_index(drop=True), source.stamps[:48]
+    rng = np.random.default_rng(0)
+    def embed(path): embed_source(source, model, path, batch_size=4)
+    def index(path): ShapeIndex.from_embeddings(rng.standard_normal((20_000, 64), dtype=np.float32), shapes.table.iloc[rng.integers(len(shapes), size=20_000)].assign(id=np.arange(20_000)), "f").save(path)
+    def collect(path): write_collection(path, [shapes[i] for i in range(60)], n=1024)
+    def read_embed(path): return cg3d.share.read_embeddings(path).table["id"].tolist() == source.table["id"].tolist() and not Path(f"{path}.part").exists()
+    def read_index(path): return ShapeIndex.open(path).verify() is None
+    def read_collect(path): return len(read_collection(path)) == 60
+    for turn in range(kills):
+        write, read, name = ((embed, read_embed, "a.npz"), (index, read_index, "index"), (collect, read_collect, "collection"))[turn % 3]
+        path = place / f"{turn}" / name
+        start = time.monotonic()
+        attempt(lambda: write(place / "whole" / f"{turn}" / name))
+        if not attempt(lambda: write(path), random.uniform(0, time.monotonic() - start)) and name == "index" and path.exists(): read(path) # whole, or not there
+        attempt(lambda: write(path))
+        sound += read(path)
+    return sound
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=50), parser.add_argument("--writes", type=int, default=20), parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    random.seed(asked.seed), torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"training: {training(asked.kills, Path(folder))} of {asked.kills} killed runs finish bit-identical")
+        print(f"writing: {writing(asked.writes, Path(folder))} of {asked.writes} killed writers leave everything once")
