@@ -23,6 +23,7 @@ from .datasets import read_dataset
 from .errors import Cg3dError, InputError, MissingFile
 from .files import CLOUD_SUFFIXES, MESH_SUFFIXES
 from .folders import hold, write_file
+from .guard import open_npz
 from .model import CG3D
 from .queries import model_fingerprint
 from .shapes import Collection, Shape, furniture, read_collection, read_shape
@@ -131,7 +132,7 @@ class Journal:
             if differs: raise InputError(f"{folder} holds an unfinished run with another {' and '.join(differs)} ({there.get(differs[0])!r}, now {header[differs[0]]!r}); finish that one, or delete the folder", file=folder)
             for shard in sorted(folder.glob("[0-9]*.npz")):
                 try:
-                    with np.load(shard, allow_pickle=False) as archive: journal.rows |= dict(zip(archive["keys"].tolist(), archive["vectors"]))
+                    with open_npz(shard) as archive: journal.rows |= dict(zip(archive["keys"].tolist(), archive["vectors"]))
                 except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile): shard.unlink() # damaged: its shapes are embedded again
         else: write_file(head, lambda path: path.write_text(json.dumps(header, indent=2), encoding="utf-8"))
         return journal

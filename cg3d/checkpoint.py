@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError, MissingFile
+from .guard import reads
 
 # %% ../nbs/29_checkpoint.ipynb #5f779add
 def _numpy_numbers() -> list:  # what a pickled numpy number needs: its constructor under old and new names, and five types
@@ -72,6 +73,7 @@ def _leaves(thing: object, name: str = "") -> Iterator[tuple[str, object]]:
     for key, child in children: yield from _leaves(child, f"{name}.{key}" if name else str(key))
 
 
+@reads("a checkpoint")
 def read_checkpoint(
     path: str | Path,  # .pt, .pth, .bin, .ckpt (pickles) or .safetensors
 ) -> Checkpoint:

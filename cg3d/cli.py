@@ -6,7 +6,7 @@
 __all__ = ['app', 'JSON', 'MODEL', 'DEVICE', 'UP', 'CLIP', 'OVERWRITE', 'SKIP', 'MAX_SIZE', 'JOB_OPTIONS', 'RECIPE', 'PARAMETER',
            'NOTEBOOK', 'LIST', 'top', 'load_model', 'read_labels', 'classify', 'save_views', 'render', 'embed', 'index',
            'as_query', 'search', 'info', 'check_data', 'download', 'JobCommand', 'job', 'train', 'evaluate', 'finetune',
-           'main']
+           'rerun', 'main']
 
 # %% ../nbs/80_cli.ipynb #c03
 import sys
@@ -319,6 +319,22 @@ def evaluate(recipe: RECIPE = [], parameter: PARAMETER = [], notebook: NOTEBOOK 
 def finetune(recipe: RECIPE = [], parameter: PARAMETER = [], notebook: NOTEBOOK = "", listed: LIST = False, overwrite: OVERWRITE = False, as_json: JSON = False):
     "Fine-tune a checkpoint on labels: the notebook finetune.ipynb."
     job("finetune", recipe, parameter, notebook, listed, overwrite, as_json)
+
+@app.command()
+def rerun(folder: Annotated[str, typer.Argument(help="folder of a run, e.g. runs/x")], out: Annotated[str, typer.Option("--out", "-o", help="where to; runs/x-rerun if not given")] = "", as_json: JSON = False):
+    "Repeat a run from its own folder and compare the results."
+    from cg3d.folders import file_hash
+    from cg3d.runjob import differences, recorded, run_job
+    first = Path(folder)
+    told, values = recorded(first)
+    place = fresh(Path(out) if out else first.with_name(f"{first.name}-rerun"), False)
+    changed = differences(first)
+    for line in changed: note(f"other version: {line}")
+    run = run_job(told, values | {"out": str(place.absolute())}, stream=sys.stderr)
+    weights = [run_folder / "model.safetensors" for run_folder in (first, run.folder)]
+    same = file_hash(weights[0]) == file_hash(weights[1]) if all(path.is_file() for path in weights) else None
+    found = {"folder": str(run.folder), "notebook": str(run.notebook), "other_versions": changed, "same_weights": same}
+    answer(found, as_json, lambda: facts(found, f"{told} again"))
 
 # %% ../nbs/80_cli.ipynb #c21
 def main():

@@ -92,7 +92,7 @@ def checked(
     "The value if it is of the kind, else a TypeError that says what was given"
     if kind is float and type(value) is int: return float(value)
     if type(value) is kind: return value
-    shown = reprlib.repr(value) # a value from a file may be endless
+    shown = reprlib.repr(value)[:200] # a value from a file may be endless
     hint = " (papermill reads -p x True and -p x 3 as Python does; true in small letters is a string)" if isinstance(value, str) else ""
     raise KindError(f"{name}={shown} is a {type(value).__name__}; it takes a {kind.__name__}{hint}", field=name, value=value)
 

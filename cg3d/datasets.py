@@ -21,7 +21,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .errors import InputError, MissingFile
+from .errors import Cg3dError, InputError, MissingFile
+from .guard import reads, refusal
 from .points import MISSING_COLOUR, normalize
 from .shapes import TURN, Collection, Shape, pick
 
@@ -68,9 +69,9 @@ class Source:
         "One row, y up."
         file = str(self.listing.table["file"].iat[row])
         try: record = self.listing.read(row)
-        except (ValueError, KeyError) as error:
-            if Path(file).name and Path(file).name in str(error): raise
-            raise InputError(f"{file}: {error}", file=file) from error
+        except Exception as error:
+            if isinstance(error, Cg3dError) and Path(file).name and Path(file).name in str(error): raise
+            raise (InputError(f"{file}: {error}", file=file) if isinstance(error, ValueError) else refusal(file, "a shape", error)) from error
         record.xyz = record.xyz @ self.turn.T
         return record
 
@@ -108,6 +109,7 @@ class Clouds:
         return hashlib.blake2b(json.dumps(words).encode(), digest_size=16).hexdigest()
 
 # %% ../nbs/10_datasets.ipynb #c10
+@reads("a picture")
 def read_picture(
     path: str | Path,
     size: int, # pixels
@@ -267,6 +269,7 @@ def find_layouts(
     raise InputError(f"{path}: no known layout. Known are:\n" + "\n".join(f"  {name}: {LAYOUTS[name].about}" for name in known))
 
 # %% ../nbs/10_datasets.ipynb #c19
+@reads("a data set")
 def read_dataset(
     path: str | Path, # folder of a data set, or one of its files
     layout: str | None = None, # one of `list_layouts()`; None: recognised from the files

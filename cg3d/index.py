@@ -211,7 +211,7 @@ class ShapeIndex:
             vectors = np.load(facts["files"]["vectors.npy"]["file"], mmap_mode="r", allow_pickle=False)
             if vectors.shape != (facts["count"], facts["dim"]) or vectors.dtype != np.float32: raise InputError(f"vectors {vectors.dtype} {vectors.shape}")
             index = cls(vectors, None, facts["fingerprint"], facts["model"], facts["kind"], facts["of"], facts["files"])
-        except (ValueError, KeyError, EOFError) as error: raise InputError(f"{folder} is damaged: its files and {MANIFEST} do not fit ({error}); write the index again", file=folder) from error
+        except Exception as error: raise InputError(f"{folder} is damaged: its files and {MANIFEST} do not fit ({error}); write the index again", file=folder) from error
         return index if model is None else index.bind(model)
 
     def verify(self) -> None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JOBS', 'home', 'job_notebook', 'Parameter', 'parameters_of', 'read_value', 'read_recipe', 'job_values', 'JobError',
-           'Run', 'run_place', 'run_job']
+           'Run', 'run_place', 'run_job', 'recorded', 'differences']
 
 # %% ../nbs/76_runjob.ipynb #c03
 import ast
@@ -12,11 +12,13 @@ import io
 import tokenize
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from .config import checked, run_folder
 from .errors import Cg3dError, InputError, MissingFile, MissingPackage
+from .guard import check_count, read_json, read_text
 
 if TYPE_CHECKING: import pandas as pd
 
@@ -85,8 +87,9 @@ def read_recipe(
     path = Path(recipe)
     if path.suffix not in (".yaml", ".yml"): path = home("recipes") / f"{recipe}.yaml"
     if not path.is_file(): raise MissingFile(f"no recipe {recipe!r}: give a .yaml file, or one of {', '.join(sorted(p.stem for p in home('recipes').glob('*.yaml')))}")
-    try: values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error: raise InputError(f"{path}: not YAML: {error}", file=path) from error
+    check_count(path, path.stat().st_size, 2**20, "bytes of a recipe")
+    try: values = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, RecursionError, ValueError) as error: raise InputError(f"{path}: not YAML: {error}", file=path) from error
     if values is None: return {}
     if not isinstance(values, dict): raise InputError(f"{path}: a recipe is a list of 'name: value' lines, found {type(values).__name__}", file=path)
     return values
@@ -151,3 +154,26 @@ def _results(folder: Path) -> "pd.DataFrame | None":
     import pandas as pd
     path = folder / "results.csv"
     return pd.read_csv(path) if path.is_file() else None
+
+# %% ../nbs/76_runjob.ipynb #1b3bd9a5
+def recorded(
+    folder: str | Path, # of a run
+) -> tuple[str, dict]: # job and its settings, without `out` and `resume`
+    "What a run was told."
+    found = next(((job, Path(folder) / f"{name}.json") for job, name in JOBS.items() if (Path(folder) / f"{name}.json").is_file()), None)
+    if found is None: raise MissingFile(f"{folder}: no run in it; its settings would be in {', '.join(f'{name}.json' for name in JOBS.values())}", file=folder)
+    job, path = found
+    known = parameters_of(job_notebook(job))
+    values = read_json(path, dict)
+    unknown = sorted(set(values) - set(known))
+    if unknown: raise InputError(f"{path}: {job} has no parameter {', '.join(map(repr, unknown))} in this version of cg3d; install the one that wrote it (environment.json)", file=path, field=unknown[0])
+    return job, {name: checked(name, value, known[name].kind) for name, value in values.items() if name not in ("out", "resume")}
+
+def differences(
+    folder: str | Path, # of a run
+) -> list[str]: # "torch 2.11.0, here 2.12.0"
+    "Packages that a run stood on and that are another version here."
+    path = Path(folder) / "environment.json"
+    if not path.is_file(): return []
+    there, here = read_json(path, dict)["packages"], {dist.metadata["Name"]: dist.version for dist in metadata.distributions()}
+    return [f"{name} {version}, here {here.get(name, 'not installed')}" for name, version in there.items() if here.get(name) != version]

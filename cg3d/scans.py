@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import InputError, KindError, MissingFile
-from .files import MAX_POINTS, CLOUD_SUFFIXES, MESH_SUFFIXES, check_count, read_points, unit_colours
+from .errors import Cg3dError, InputError, KindError, MissingFile
+from .files import CLOUD_SUFFIXES, MESH_SUFFIXES, load_mesh, read_points, unit_colours
+from .guard import LIMITS, check_count, open_npz, reads, refusal
 from .points import MISSING_COLOUR
 from .shapes import UP_BY_SUFFIX
 from .segments import ransac_plane, thin
@@ -204,7 +205,7 @@ class Scene:
 KEYS = {"points": ("points", "xyz", "arr_0"), "colors": ("colors", "colours", "rgb"), "normals": ("normals",), "instance": ("instance", "instances", "instance_id"), "names": ("labels", "names")}
 
 def _read_npz(path: Path) -> dict:
-    with np.load(path, allow_pickle=False) as archive:
+    with open_npz(path) as archive:
         found = {what: archive[key] for what, keys in KEYS.items() for key in keys if key in archive}
         if "up" in archive: found["up"] = str(archive["up"]) if archive["up"].dtype.kind in "US" else archive["up"].tolist()
         if "points" not in found: raise InputError(f"{path}: no array named {', '.join(KEYS['points'])} among {sorted(archive.files)}", file=path)
@@ -219,18 +220,19 @@ def _column(rows: np.ndarray, names: Sequence[str]) -> np.ndarray | None:
 
 def _read_ply(path: Path) -> dict | None:
     "The vertices of a scan, with what is stored for each; None where the file is a mesh to be sampled."
-    import trimesh
-    loaded = trimesh.load(str(path), process=False)
+    loaded = next(iter(load_mesh(path).geometry.values()), None)
+    if loaded is None: raise InputError(f"{path}: no vertices in it", file=path)
     raw = loaded.metadata.get("_ply_raw", {}).get("vertex", {}).get("data")
     if not isinstance(raw, np.ndarray) or raw.dtype.names is None: return None
     marks = next((raw[name] for name in ("instance", "instance_id", "object_id", "objectId") if name in raw.dtype.names), None)
     if marks is None and len(getattr(loaded, "faces", ())): return None
-    check_count(path, len(raw), MAX_POINTS, "points")
+    check_count(path, len(raw), LIMITS.points, "points")
     colours = _column(raw, ("red", "green", "blue"))
     return {"points": _column(raw, "xyz"), "colors": None if colours is None else unit_colours(colours), "normals": _column(raw, ("nx", "ny", "nz")),
             "instance": None if marks is None else np.ravel(marks).astype(np.int64)}
 
 # %% ../nbs/44_scans.ipynb #c18
+@reads("a scene")
 def read_scene(
     path: str | Path,  # .ply .npz .pcd .obj .glb ... , or a ScanNet folder
     up: str | Sequence[float] | None = None,  # x, y, z, -x, -y, -z or a direction; None: as the file says, else found out
@@ -248,8 +250,8 @@ def read_scene(
     if suffix not in CLOUD_SUFFIXES + MESH_SUFFIXES: raise InputError(f"{path}: unknown suffix {suffix!r}; a scene is read from {' '.join(MESH_SUFFIXES + CLOUD_SUFFIXES)}", file=path)
     try: found = {".npz": _read_npz, ".ply": _read_ply}.get(suffix, lambda _: None)(path)
     except Exception as error:
-        if str(path) in str(error): raise
-        raise InputError(f"{path}: cannot be read as {suffix}: {type(error).__name__}: {error}", file=path) from error
+        if isinstance(error, Cg3dError) and str(path) in str(error): raise
+        raise refusal(path, suffix, error) from error
     if found is None: found = dict(zip(("points", "colors"), read_points(path, count)))
     if up is not None: found["up"] = up
     elif "up" not in found and suffix in UP_BY_SUFFIX: found["up"] = UP_BY_SUFFIX[suffix]

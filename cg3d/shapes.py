@@ -20,6 +20,7 @@ from torch import Tensor
 from .errors import InputError, MissingFile
 from .files import read_points, unit_colours
 from .folders import write_file
+from .guard import LIMITS, check_count, open_npz, reads
 from .points import MISSING_COLOUR, normalize, with_colour
 
 # %% ../nbs/02_shapes.ipynb #cell004
@@ -136,7 +137,7 @@ class Packed:
         "points int16 (S, N, 3), colors uint8 (S, N, 3), has_color bool (S,)."
         arrays = self._given
         if arrays is None:
-            with np.load(self.path, allow_pickle=False) as archive:
+            with open_npz(self.path) as archive:
                 missing = {"points", "colors", "has_color"} - set(archive.files)
                 if missing: raise InputError(f"{self.path}: not a packed collection, no array {sorted(missing)}", file=self.path)
                 arrays = {key: archive[key] for key in ("points", "colors", "has_color")}
@@ -209,7 +210,8 @@ class Collection:
 NUMBERS = ("width", "height", "depth")
 
 def _read_table(path: Path) -> pd.DataFrame:
-    table = pd.read_csv(path, keep_default_na=False)
+    check_count(path, path.stat().st_size, LIMITS.text, "bytes of text")
+    table = pd.read_csv(path, keep_default_na=False, dtype={"id": str})
     for column in set(NUMBERS) & set(table): table[column] = pd.to_numeric(table[column], errors="coerce")
     return table
 
@@ -222,6 +224,7 @@ def _with_texts(table: pd.DataFrame, texts: pd.DataFrame) -> pd.DataFrame:
     joined[fresh] = joined[fresh].fillna("")
     return joined
 
+@reads("a packed collection")
 def read_collection(
     path: str | Path, # "x", "x.npz" or "x.csv"
 ) -> Collection:

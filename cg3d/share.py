@@ -21,6 +21,7 @@ import pandas as pd
 
 from .errors import InputError, MissingFile, MissingPackage
 from .folders import write_file
+from .guard import open_npz, reads
 from .model import CG3D, PUBLISHED, load
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ def write_embeddings(
     if path.suffix == ".parquet": return write_file(path, lambda scratch: _arrow().parquet.write_table(to_arrow(embeddings), scratch))
     return write_file(path, lambda scratch: np.savez_compressed(scratch, **_arrays(embeddings)))
 
+@reads("a table of embeddings")
 def read_embeddings(path: str | Path) -> Embeddings:
     "Read what `write_embeddings` wrote, or any Parquet file with a column `embedding`."
     path = check_suffix(path)
@@ -118,7 +120,7 @@ def _arrays(embeddings: Embeddings) -> dict[str, np.ndarray]:
     return {"embeddings": embeddings.matrix, "meta": np.array(json.dumps(meta)), **columns}
 
 def _from_npz(path: Path) -> Embeddings:
-    with np.load(path, allow_pickle=False) as archive:
+    with open_npz(path) as archive:
         if not {"embeddings", "meta"} <= set(archive.files): raise InputError(f"no arrays embeddings and meta among {archive.files}")
         meta = json.loads(str(archive["meta"]))
         table = pd.DataFrame({name: archive[f"column/{name}"] for name in meta["columns"]}, index=range(len(archive["embeddings"])))

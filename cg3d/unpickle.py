@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .errors import UnsafeFile, InputError, MissingFile
+from .guard import reads
 
 # %% ../nbs/08_unpickle.ipynb #c06
 MAX_BYTES = 4 * 2**30 # largest pickle that is read; ModelNet40's training clouds take 1.9 GB
@@ -128,6 +129,7 @@ def _check_size(path: Path, limit: int) -> None:
     if size == 0: raise InputError(f"{path}: the file is empty (0 bytes)", file=path)
     if size > limit: raise InputError(f"{path}: {size:,} bytes, more than the {limit:,} that are read; raise max_bytes if you trust it", file=path)
 
+@reads("a pickle")
 def load_pickle(
     path: str | Path, # .pkl, .dat, .pickle
     max_bytes: int = MAX_BYTES, # larger files are refused
@@ -138,6 +140,7 @@ def load_pickle(
     with open(path, "rb") as file: return unpickle(file, str(path))
 
 # %% ../nbs/08_unpickle.ipynb #c14
+@reads("an .npy array")
 def load_npy(
     path: str | Path,
     max_bytes: int = MAX_BYTES, # larger files with objects in them are refused

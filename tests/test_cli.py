@@ -423,3 +423,14 @@ def test_tables_of_embeddings(tmp_path):
     with pytest.raises(ValueError, match="different lengths"): read_embeddings(tmp_path / "ragged.parquet")
     with pytest.raises(ValueError, match="column 'embedding'"): Embeddings(np.ones((1, 2)), pd.DataFrame({"embedding": [1]}))
     with pytest.raises(ValueError, match="NaN"): Embeddings(np.full((1, 2), np.nan), pd.DataFrame({"id": ["a"]}))
+
+
+def test_a_run_is_repeated_from_its_folder(tmp_path):
+    run = subprocess.run([sys.executable, "-m", "cg3d.cli", "train", "-f", "smoke", "-p", "out", f"{tmp_path}/x"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    again = subprocess.run([sys.executable, "-m", "cg3d.cli", "rerun", f"{tmp_path}/x", "--json"], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    found = json.loads(again.stdout)
+    assert found["same_weights"] is True and found["other_versions"] == [] and (tmp_path / "x-rerun/results.csv").is_file()
+    refused = subprocess.run([sys.executable, "-m", "cg3d.cli", "rerun", f"{tmp_path}"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "no run in it" in refused.stderr

@@ -185,7 +185,7 @@ def test_hdf5_names_beside_the_parts(tmp_path):
 @pytest.mark.parametrize("writer,file,content,words", [
     (mini.ulip, "train.txt", "02691156_x.npy\n", "train.txt: '02691156_x.npy' is not <synset>-<model>.npy"),
     (mini.ulip, "train.txt", "99999999-x.npy\n", "train.txt: synset '99999999'"),
-    (mini.ulip, "taxonomy.json", "{", "taxonomy.json: not a list"),
+    (mini.ulip, "taxonomy.json", "{", "taxonomy.json: not JSON"),
     (mini.cg3d, "ShapeNet55/shapenet_pc/02691156-1a2b.npy", "short", "02691156-1a2b.npy"),
     (mini.uni3d_lvis, "lvis_testset.txt", "a,b,c\n", "lvis_testset.txt: 'a,b,c' is not cate_id,cate_name,model_id,relpath"),
     (mini.uni3d_lvis, "objaverse/000-001/aa11.npy", "", "aa11.npy: the file is empty"),

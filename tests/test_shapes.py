@@ -169,9 +169,9 @@ def test_pcd_missing_pixels_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, says", [
-    ("a.obj", b"", "empty"), ("a.obj", b"# nothing\n", "no faces and no points"), ("a.glb", b"glTF but not really", "cannot be read as .glb"),
+    ("a.obj", b"", "empty"), ("a.obj", b"# nothing\n", "no faces and no points"), ("a.glb", b"glTF but not really", "no glTF header"),
     ("a.ply", b"\x00" * 100, "cannot be read as .ply"), ("a.stl", b"solid x\nendsolid x\n", "a.stl"), ("a.off", b"OFF\n3 1 0\n0 0 0\n", "a.off"),
-    ("a.npy", b"not numpy", "cannot be read as .npy"), ("a.npz", b"PK not zip", "cannot be read as .npz"), ("a.pcd", b"hello\n", "no PCD header"),
+    ("a.npy", b"not numpy", "cannot be read as .npy"), ("a.npz", b"PK not zip", "cannot be read as an archive"), ("a.pcd", b"hello\n", "no PCD header"),
     ("a.xyz", b"C H O\n", "no row of at least three numbers"), ("a.xyz", b"1 2 3\n4 five 6\n", "not made of numbers"), ("a.xyz", b"1 2 3\n", "at least two"),
     ("a.xyz", b"1 2 3\n1 2 3\n1 2 3\n", "equal"), ("a.xyz", b"1 2 3\nnan 5 6\n", "NaN"), ("a.step", b"x", "unknown suffix '.step'"),
     ("a.obj", b"v 0 0 0\nv 1 1 1\nv 2 2 2\nf 1 2 3\n", "no area"), ("a.obj", b"v 0 0 nan\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "a.obj"),
@@ -196,14 +196,14 @@ def test_nan_mesh_vertices(tmp_path):
 
 
 def test_huge_cloud_is_read_up_to_the_limit_and_refused_above(tmp_path):
-    rows = np.lib.format.open_memmap(tmp_path / "big.npy", "w+", np.float16, (files.MAX_POINTS, 3))
-    rows[::1000] = np.arange(files.MAX_POINTS // 1000)[:, None] % 7
+    rows = np.lib.format.open_memmap(tmp_path / "big.npy", "w+", np.float16, (files.LIMITS.points, 3))
+    rows[::1000] = np.arange(files.LIMITS.points // 1000)[:, None] % 7
     del rows
     assert shapes.read_shape(tmp_path / "big.npy").points.shape == (2048, 3)
-    np.lib.format.open_memmap(tmp_path / "over.npy", "w+", np.float16, (files.MAX_POINTS + 1, 3))
+    np.lib.format.open_memmap(tmp_path / "over.npy", "w+", np.float16, (files.LIMITS.points + 1, 3))
     with pytest.raises(ValueError, match="10,000,001 points, more than the 10,000,000"): shapes.read_shape(tmp_path / "over.npy")
     head = b"ply\nformat binary_little_endian 1.0\nelement vertex %d\nproperty float x\nproperty float y\nproperty float z\nelement face %d\nproperty list uchar int vertex_indices\nend_header\n"
-    (tmp_path / "over.ply").write_bytes(head % (9, files.MAX_FACES + 1))
+    (tmp_path / "over.ply").write_bytes(head % (9, files.LIMITS.faces + 1))
     with pytest.raises(ValueError, match="5,000,001 faces"): shapes.read_shape(tmp_path / "over.ply")
 
 

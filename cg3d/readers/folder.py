@@ -13,6 +13,7 @@ import pandas as pd
 from ..datasets import Listing, Record, named, register_layout
 from ..errors import InputError
 from ..files import CLOUD_SUFFIXES, MESH_SUFFIXES
+from ..guard import inside
 from ..shapes import TURN, Collection, read_collection, read_shape
 
 # %% ../../nbs/11_folder.ipynb #c05
@@ -47,12 +48,12 @@ def _pickled(file: Path) -> bool:
 def _locate(table: pd.DataFrame, root: Path, source: Path) -> list[Path]:
     "The file of each row."
     column = next((name for name in FILE_COLUMNS if name in table), None)
-    if column: return [root / str(value) for value in table[column]]
+    if column: return [inside(root, str(value), source) for value in table[column]]
     by_stem = {}
     for file in shape_files(root): by_stem.setdefault(file.stem, file)
     key = next((name for name in ("id", "name") if name in table), None)
     if key is None: raise InputError(f"{source}: no column {', '.join(FILE_COLUMNS)}, id or name that says which file a row means; it has {', '.join(table.columns)}")
-    return [by_stem.get(str(value), root / str(value)) for value in table[key]]
+    return [by_stem.get(str(value)) or inside(root, str(value), source) for value in table[key]]
 
 def _without_table(root: Path) -> pd.DataFrame:
     files = shape_files(root)

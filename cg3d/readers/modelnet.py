@@ -8,7 +8,6 @@ __all__ = ['MODELNET40', 'MODELNET10', 'SCANOBJECTNN', 'MODELNET', 'VARIANTS', '
            'modelnet40_openshape', 'scanobjectnn_openshape']
 
 # %% ../../nbs/11_modelnet.ipynb #c02
-import json
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,7 +15,8 @@ import numpy as np
 import pandas as pd
 
 from ..datasets import Listing, Record, named, register_layout
-from ..errors import InputError, MissingPackage
+from ..errors import InputError, MissingPackage, UnsafeFile
+from ..guard import LIMITS, check_count, inside, read_json, read_lines
 from ..unpickle import load_npy, load_pickle
 
 # %% ../../nbs/11_modelnet.ipynb #c05
@@ -30,7 +30,7 @@ MODELNET = {"10": MODELNET10, "40": MODELNET40}
 def class_list(file: Path, published: list[str]) -> list[str]:
     "Names as a file beside the data lists them, else as they were published."
     if not file.is_file(): return published
-    names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = read_lines(file)
     if not names: raise InputError(f"{file}: no class names in it", file=file)
     return names
 
@@ -60,10 +60,10 @@ def _list_text(root: Path, names: str, up: str | None, which: str) -> Listing:
     number, rows = {name: i for i, name in enumerate(classes)}, []
     for split in ("train", "test"):
         source = root / f"modelnet{which}_{split}.txt"
-        for line in source.read_text(encoding="utf-8").split() if source.is_file() else []:
+        for line in read_lines(source) if source.is_file() else []:
             word = line.rpartition("_")[0]
             if word not in number: raise InputError(f"{source}: {line!r} belongs to none of the {len(classes)} classes")
-            file = root / word / f"{line}.txt"
+            file = inside(root, f"{word}/{line}.txt", source)
             rows.append(dict(split=split, id=line, label=number[word], file=str(file), at=0, found=file.is_file()))
     table = labelled_table(rows, classes, names, str(root))
     return Listing(table, lambda row: _read_text(Path(table["file"].iat[row])), [named(name, names) for name in classes], up or "y")
@@ -86,11 +86,24 @@ def _h5_arrays(file: Path, stamp: tuple) -> tuple[np.ndarray, np.ndarray]: # dat
     try: opened = h5py.File(file, "r")
     except OSError as error: raise InputError(f"{file}: not a sound HDF5 file: {error}", file=file) from error
     with opened:
+        _check_h5(file, opened)
         missing = [key for key in ("data", "label") if key not in opened]
         if missing: raise InputError(f"{file}: no key {missing[0]!r}; it has {', '.join(sorted(opened)) or 'none'}", file=file)
         data, label = np.asarray(opened["data"]), np.asarray(opened["label"]).reshape(-1)
     if data.ndim != 3 or data.shape[2] < 3 or len(data) != len(label): raise InputError(f"{file}: data {data.shape} with label {label.shape}, expected (n, N, 3) and (n,)", file=file)
     return data[:, :, :3].astype(np.float32), label.astype(np.int64)
+
+def _check_h5(file: Path, opened) -> None:
+    "Refuse what would read other files, or more than there is."
+    import h5py
+    total = 0
+    for key in opened:
+        if not isinstance(opened.get(key, getlink=True), h5py.HardLink): raise UnsafeFile(f"{file}: {key!r} is a link that may lead to another file; write the data into the file itself", file=file, field=key)
+        item = opened[key]
+        if not isinstance(item, h5py.Dataset): continue
+        if item.external or item.is_virtual: raise UnsafeFile(f"{file}: {key!r} is kept in another file; write the data into the file itself", file=file, field=key)
+        total += item.size * item.dtype.itemsize
+        check_count(file, total, LIMITS.unpacked, "bytes when unpacked")
 
 def h5_arrays(file: Path) -> tuple[np.ndarray, np.ndarray]: # points (n, N, 3), labels (n,)
     "The keys data and label of a file; the last few files are remembered."
@@ -118,7 +131,7 @@ def _id_list(file: Path, count: int) -> list[str] | None:
     kind = file.stem.rstrip("0123456789")
     source = file.with_name(f"{kind}_{file.stem[len(kind):]}_id2file.json")
     if not source.is_file(): return None
-    ids = [Path(name).stem for name in json.loads(source.read_text())]
+    ids = [Path(name).stem for name in read_json(source, list)]
     return ids if len(ids) == count else None
 
 @register_layout("modelnet40_h5", "ModelNet40 as HDF5: modelnet40_ply_hdf5_2048/{train,test}_files.txt, ply_data_*.h5, shape_names.txt", _find_h5)
@@ -129,7 +142,7 @@ def modelnet40_h5(root: Path, names: str, up: str | None) -> Listing:
     classes = class_list(root / "shape_names.txt", MODELNET40)
     for split in () if parts else ("train", "test"):
         source = root / f"{split}_files.txt"
-        parts += [(split, root / Path(line.strip()).name) for line in (source.read_text().splitlines() if source.is_file() else []) if line.strip()]
+        parts += [(split, root / Path(line.strip()).name) for line in (read_lines(source) if source.is_file() else []) if line.strip()]
     found = {file: _id_list(file, len(h5_arrays(file)[1])) for _, file in parts if file.is_file()}
     return _h5_listing(parts, root, classes, names, up, {file: ids for file, ids in found.items() if ids})
 
@@ -212,7 +225,7 @@ def _inside(*names: str, folder: str):
 @register_layout("modelnet40_openshape", "ModelNet40 test split of OpenShape: test_split.json, test_pc.npy", _inside("test_split.json", "test_pc.npy", folder="modelnet40"))
 def modelnet40_openshape(root: Path, names: str, up: str | None) -> Listing:
     "2,468 test shapes, 10,000 points, a constant grey."
-    file, entries = root / "test_pc.npy", json.loads((root / "test_split.json").read_text())
+    file, entries = root / "test_pc.npy", read_json(root / "test_split.json", list)
     if len(objects(file)) != len(entries): raise InputError(f"{file}: {len(objects(file))} clouds for {len(entries)} rows of test_split.json", file=file)
     classes = class_list(root / "modelnet40_shape_names.txt", MODELNET40)
     number = {name: i for i, name in enumerate(classes)} | {name.replace("_", " "): i for i, name in enumerate(classes)}

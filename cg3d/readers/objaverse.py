@@ -6,7 +6,6 @@
 __all__ = ['TEXTS', 'read_dictionary', 'Finder', 'class_order', 'list_objects', 'openshape', 'objaverse_lvis', 'read_neighbours']
 
 # %% ../../nbs/11_objaverse.ipynb #c02
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -16,6 +15,7 @@ import pandas as pd
 
 from ..datasets import Listing, Record, named, register_layout
 from ..errors import InputError
+from ..guard import inside, read_json, read_lines
 from .modelnet import unit_rgb
 from ..unpickle import load_npy
 
@@ -68,28 +68,23 @@ class Finder:
         "Look for one path."
         parts = [part for part in PurePosixPath(path.replace("\\", "/")).parts if part not in ("/", "..", ".")]
         if not parts: raise InputError(f"{path!r} is no path of a file")
-        if Path(path).is_absolute() and self.exists(Path(path)): return Path(path), True
         rules = [(root, keep) for keep in range(len(parts), 0, -1) for root in self.roots]
         if self.rule is not None: rules = [self.rule, *rules]
         for root, keep in rules:
             file = root.joinpath(*parts[-keep:])
-            if self.exists(file):
+            if self.exists(inside(root, file.relative_to(root).as_posix())):
                 self.rule = root, keep
                 return file, True
         return self.roots[0].joinpath(*parts), False
 
-def _json(file: Path):
-    try: return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error: raise InputError(f"{file}: not JSON: {error}", file=file) from error
-
 def _rows_of(file: Path) -> list[dict]: # id, category, number or None, path
     "The rows of one list, whichever of the four forms it has."
     if file.suffix == ".txt":
-        cells = [line.split(",", 3) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        cells = [line.split(",", 3) for line in read_lines(file)]
         bad = next((row for row in cells if len(row) != 4 or not row[0].isdigit()), None)
         if bad: raise InputError(f"{file}: {','.join(bad)!r} is not cate_id,cate_name,model_id,relpath", file=file)
         return [dict(id=row[2], category=row[1], number=int(row[0]), path=row[3]) for row in cells]
-    content = _json(file)
+    content = read_json(file)
     if isinstance(content, dict): return [dict(id=uid, path=path, **_ulip_class(file, uid)) for uid, path in content.items()]
     rows = []
     for entry in content:
@@ -103,7 +98,7 @@ def _ulip_class(file: Path, uid: str, cache: dict = {}) -> dict:
     beside = file.with_name("objaverse_lvis_metadata.json")
     key = (beside, beside.stat().st_mtime_ns) if beside.is_file() else None
     if key is None: return dict(category="", number=None)
-    if key not in cache: cache.clear(); cache[key] = _json(beside)
+    if key not in cache: cache.clear(); cache[key] = read_json(beside, dict)
     word = cache[key].get("value_to_key_mapping", {}).get(uid, "")
     return dict(category=word, number=cache[key].get("key_to_id", {}).get(word))
 
@@ -136,7 +131,7 @@ def list_objects(root: Path, lists: list[Path], roots: list[Path], names: str, u
     table["category"] = [named(word, names) for word in table["category"]]
     table["name"] = table["category"]
     sidecar = next((folder / "gpt4_filtering.json" for folder in (root, root.parent, root / "meta_data") if (folder / "gpt4_filtering.json").is_file()), None)
-    filtered = _json(sidecar) if sidecar else {}
+    filtered = read_json(sidecar) if sidecar else {}
     dropped = {uid for uid, entry in filtered.items() if entry.get("flag") == "N"}
     notes = [f"gpt4_filtering.json: raw names of {len(dropped):,} shapes are not used"] if sidecar else []
     if sidecar is None and (table["category"] == "").any(): notes.append("no gpt4_filtering.json: raw names are used as they are")

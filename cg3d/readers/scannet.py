@@ -6,7 +6,6 @@
 __all__ = ['read_scene', 'scannet']
 
 # %% ../../nbs/11_scannet.ipynb #c02
-import json
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,14 +13,15 @@ import numpy as np
 import pandas as pd
 
 from ..datasets import Listing, Record, named, register_layout
-from ..errors import InputError, MissingFile
+from ..errors import Cg3dError, InputError, MissingFile
+from ..files import load_mesh
+from ..guard import read_json, read_lines
 
 # %% ../../nbs/11_scannet.ipynb #c05
 def _json(file: Path, key: str):
     "One key of a JSON file."
     if not file.is_file(): raise MissingFile(f"{file}: no such file; a ScanNet scene has its mesh, its segments and its aggregation", file=file)
-    try: content = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error: raise InputError(f"{file}: not JSON: {error}", file=file) from error
+    content = read_json(file)
     if not isinstance(content, dict) or key not in content: raise InputError(f"{file}: no key {key!r}; it has {', '.join(content) if isinstance(content, dict) else type(content).__name__}", file=file)
     return content[key]
 
@@ -34,9 +34,9 @@ def _groups(folder: Path) -> list[dict]: return _json(folder / f"{folder.name}.a
 
 def _vertices(file: Path) -> tuple[np.ndarray, np.ndarray | None]: # xyz (N, 3), rgb (N, 3) uint8 or None
     "The vertices of a mesh in their order; segments count on it."
-    import trimesh
     if not file.is_file(): raise MissingFile(f"{file}: no such file", file=file)
-    try: mesh = trimesh.load(file, process=False, maintain_order=True)
+    try: mesh = next(iter(load_mesh(file, maintain_order=True).geometry.values()))
+    except Cg3dError: raise
     except Exception as error: raise InputError(f"{file}: not a sound PLY file: {type(error).__name__}: {error}", file=file) from error # parsers fail in many ways
     colours = getattr(getattr(mesh, "visual", None), "vertex_colors", None) if hasattr(mesh, "faces") else getattr(mesh, "colors", None)
     return np.asarray(mesh.vertices, np.float32), None if colours is None or len(colours) != len(mesh.vertices) else np.asarray(colours)[:, :3].astype(np.uint8)
@@ -72,7 +72,7 @@ def _split_lists(path: Path) -> dict[str, list[str]]:
     "Scenes of each split, from scannetv2_*.txt in, above or beside the scans."
     for root in (path, path.parent, path / "meta_data", path.parent / "meta_data"):
         files = sorted(root.glob("scannetv2_*.txt")) if root.is_dir() else []
-        if files: return {file.stem.removeprefix("scannetv2_"): file.read_text().split() for file in files}
+        if files: return {file.stem.removeprefix("scannetv2_"): read_lines(file) for file in files}
     return {}
 
 @register_layout("scannet", "ScanNet: scans/<scene>/ with _vh_clean_2.ply, .aggregation.json and .segs.json; scannetv2_{train,val}.txt", lambda path: path if _scenes(path) else None)
