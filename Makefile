@@ -6,7 +6,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: env train test check data clean
+.PHONY: env train test check data lock audit clean
 
 env: $(BIN)/.ready
 
@@ -33,6 +33,12 @@ test: check
 
 data: env
 	$(BIN)/python -m cg3d.furniture --out data
+
+lock: env
+	$(BIN)/uv pip compile --quiet --generate-hashes --python-version 3.11 --all-extras pyproject.toml -o requirements-dev.lock
+
+audit: env
+	$(BIN)/uv tool run pip-audit --require-hashes --disable-pip -r requirements-dev.lock
 
 clean:
 	rm -rf .venv runs build dist *.egg-info

@@ -50,7 +50,7 @@ def threads(seconds: float, readers: int = 8) -> bool:
     def add():
         while time.monotonic() < end:
             fresh = rng.standard_normal((100, 64), dtype=np.float32)
-            index.add(fresh, pd.DataFrame({"id": [f"n{added[0]}-{i}" for i in range(100)], "name": "y"}))
+            index.add(fresh, table=pd.DataFrame({"id": [f"n{added[0]}-{i}" for i in range(100)], "name": "y"}), fingerprint="f")
             added[0] += 100
             time.sleep(0.05)
     workers = [threading.Thread(target=search, args=(number,)) for number in range(readers)] + [threading.Thread(target=add)]
@@ -66,9 +66,9 @@ if __name__ == "__main__":
     asked = parser.parse_args()
     torch.set_num_threads(1)
     model, shapes = cg3d.load("nano"), cg3d.shapes.furniture().select(split="test")
-    index = ShapeIndex.build(shapes, model)
+    index = ShapeIndex.build(model, shapes)
     queries = np.random.default_rng(0).standard_normal((asked.calls, index.dim), dtype=np.float32)
     good = soak("search", lambda turn: index.search(queries[turn:turn + 1], 10), asked.calls)
     good &= threads(asked.seconds)
-    good &= soak("classify", lambda turn: cg3d.classify(shapes[turn % len(shapes)], ["chair", "table", "bed", "lamp"], model=model), asked.calls)
+    good &= soak("classify", lambda turn: cg3d.classify(model, shapes[turn % len(shapes)], ["chair", "table", "bed", "lamp"]), asked.calls)
     sys.exit(not good)

@@ -143,7 +143,7 @@ class Checkpoint(Callback):
             try:
                 file = read_manifest(place, ["state.pt"])["files"]["state.pt"]
                 check_hash(file)
-            except (DamagedFile, MissingFile) as error:
+            except (InputError, MissingFile) as error:
                 print(f"left out: {error}")
                 continue
             try: state = torch.load(file["file"], map_location=device, weights_only=True)

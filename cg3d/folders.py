@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import DamagedFile, MissingFile, PathTaken
+from .guard import read_json, reads
 
 if TYPE_CHECKING: from filelock import BaseFileLock
 
@@ -108,6 +109,7 @@ def _umask() -> int:
     return mask
 
 # %% ../nbs/03_folders.ipynb #22c56065
+@reads("a folder of cg3d")
 def read_manifest(
     folder: str | Path,
     needed: Iterable[str] = (), # files that must be there
@@ -116,7 +118,7 @@ def read_manifest(
     folder = Path(folder)
     if not (folder / MANIFEST).is_file(): raise MissingFile(f"{folder}: there is no {MANIFEST} in it", file=folder)
     try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        found = read_json(folder / MANIFEST, dict)
         files = {name: entry | {"file": folder / Path(entry["file"]).name, "bytes": int(entry["bytes"])} for name, entry in found["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error: raise DamagedFile(f"{folder / MANIFEST} is damaged or cut short ({error!r}); write it again") from error
     for name in needed:

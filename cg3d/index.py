@@ -6,6 +6,7 @@
 __all__ = ['FORMAT', 'ShapeIndex']
 
 # %% ../nbs/59_index.ipynb #i02
+import threading
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ from .vectors import add_faiss, approximate_top, build_faiss, choose_kind, exact
 FORMAT = "cg3d-index-1" # raise when the files change, so that old ones are refused
 
 class ShapeIndex:
-    "Unit vectors with a table of words: add, remove, search, save, open."
+    "Unit vectors with a table of words: add, remove, search, save, open. Threads may search while one adds or removes."
 
     def __init__(self,
         vectors: np.ndarray, # unit rows, (N, D)
@@ -42,6 +43,7 @@ class ShapeIndex:
         self.vectors, self.fingerprint, self.model, self.wanted, self.of, self.files = vectors, fingerprint, model, kind, of, files or {}
         if table is not None: self.table = table
         self._structure, self._bound, self._bound_stamp = None, None, None
+        self._lock = threading.RLock() # vectors, table and structure change together
 
     @classmethod
     def from_embeddings(cls,
@@ -134,6 +136,10 @@ class ShapeIndex:
             vectors, table = embed_items(self._model(model), items, self.of, progress), table_of(items)
         if vectors.shape[1] != self.dim: raise InputError(f"embeddings of length {vectors.shape[1]} do not fit an index of length {self.dim}")
         if len(table) != len(vectors): raise InputError(f"{len(vectors)} embeddings but {len(table)} rows in the table")
+        with self._lock: self._append(vectors, table)
+        return self
+
+    def _append(self, vectors: np.ndarray, table: pd.DataFrame) -> None:
         table = with_ids(table, self.table["id"])
         there = sorted(set(table["id"]) & set(self.table["id"]))
         if there: raise InputError(f"id {there[0]!r} is in the index already{f', and {len(there) - 1} others' if there[1:] else ''}; remove it first")
@@ -142,7 +148,6 @@ class ShapeIndex:
         self.vectors, self.table = np.concatenate([self.vectors, vectors]), pd.concat([self.table, table], ignore_index=True)
         self._structure, self.files = None, {}
         if structure is not None and self.kind == before: self._structure = add_faiss(structure, vectors)
-        return self
 
     def remove(self,
         ids: str | Sequence[str] | None = None, # every row with one of these ids
@@ -150,6 +155,9 @@ class ShapeIndex:
     ) -> int: # rows removed
         "Take rows out; a faiss structure is built anew when next needed."
         if (ids is None) == (where is None): raise InputError("remove takes ids or where, one of them")
+        with self._lock: return self._drop(ids, where)
+
+    def _drop(self, ids: str | Sequence[str] | None, where: str | None) -> int:
         if where is not None: gone = Filter(where, self.table).rows()
         else:
             ids = [ids] if isinstance(ids, str) else [str(item) for item in ids]
@@ -177,14 +185,15 @@ class ShapeIndex:
         if not len(self): raise InputError("the index is empty: there is nothing to find")
         labels, vectors = as_vectors(queries, self._model(model))
         if vectors.shape[1] != self.dim: raise InputError(f"a query of length {vectors.shape[1]} does not fit an index of length {self.dim}")
-        if where is not None: found = exact_top(self.vectors, vectors, k, np.flatnonzero(Filter(where, self.table).rows()))
-        elif self.kind == "exact": found = exact_top(self.vectors, vectors, k)
-        else: found = approximate_top(self.structure(), self.vectors, vectors, k)
-        return self._answers(labels, found)
+        with self._lock:
+            rows, table, near = self.vectors, self.table, where is None and self.kind != "exact"
+            if near: found = approximate_top(self.structure(), rows, vectors, k) # faiss adds in place
+        if not near: found = exact_top(rows, vectors, k, None if where is None else np.flatnonzero(Filter(where, table).rows()))
+        return self._answers(labels, found, table)
 
-    def _answers(self, labels: list[str], found: list[tuple[np.ndarray, np.ndarray]]) -> pd.DataFrame:
+    def _answers(self, labels: list[str], found: list[tuple[np.ndarray, np.ndarray]], table: pd.DataFrame) -> pd.DataFrame:
         rows = np.concatenate([row for _, row in found])
-        words = self.table.iloc[rows].reset_index(drop=True)
+        words = table.iloc[rows].reset_index(drop=True)
         words = words[["id", "name", *(column for column in words if column not in ("id", "name"))]]
         head = {"query": np.repeat(np.array(labels, object), [len(row) for _, row in found]), "rank": np.concatenate([1 + np.arange(len(row)) for _, row in found]),
                 "score": np.concatenate([score for score, _ in found]), "row": rows}

@@ -22,6 +22,7 @@ from .backbone import Backbone, fit_images, load_backbone
 from .encoders.registry import create_encoder
 from .errors import InputError, KindError, MissingFile
 from .folders import write_file
+from .guard import reads
 from .points import check_points, farthest_point_sample, gather, normalize, with_colour
 from .prompts import Prompts
 from .shapes import Shape, data_dir
@@ -301,6 +302,7 @@ def load_state(
         getattr(model, part).load_state_dict({name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")})
     return model
 
+@reads("a model")
 def load(
     name: str | Path = "nano",  # "nano", the model that comes with cg3d, or a folder written by `save`
     device: str | torch.device = "cpu",

@@ -87,7 +87,12 @@ for _module in ("builtins", "__builtin__"):
     ALLOWED |= {(_module, kind.__name__): kind for kind in (set, frozenset, complex, slice)}
     ALLOWED |= {(_module, name): _Maker(_bytes) for name in ("bytes", "bytearray")}
 
-class _Reader(pickle.Unpickler):
+class _Reader(pickle._Unpickler): # Python's own reader in Python: the one in C reserves whatever memory a pickle announces
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def _bytearray(self) -> None: self.append(bytearray(self.read(int.from_bytes(self.read(8), "little")))) # as much as there is
+    dispatch[pickle.BYTEARRAY8[0]] = _bytearray
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in ALLOWED: return ALLOWED[module, name]
         raise UnsafePickle(f"names {module}.{name}, which is neither an array nor a plain container")

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from cg3d import index as index_module
+from cg3d import folders as folders_module
 from cg3d import vectors as vectors_module
 from cg3d.backbone import load_backbone
 from cg3d.filters import Filter
@@ -21,7 +22,8 @@ from cg3d.model import CG3D
 from cg3d.queries import with_ids
 from cg3d.retrieval import CHANCE, SHAPE, TASKS, TOWER, RetrievalConfig, ShapeIndex, model_fingerprint, results_figure, results_image, retrieval_scores
 from cg3d.shapes import Collection, Shape, write_collection
-from cg3d.vectors import MANIFEST, approximate_top, build_faiss, choose_kind, exact_top, unit_rows
+from cg3d.folders import MANIFEST
+from cg3d.vectors import approximate_top, build_faiss, choose_kind, exact_top, unit_rows
 
 ROOT = Path(__file__).parent.parent
 FINGERPRINT = "f" * 64
@@ -257,7 +259,7 @@ def test_a_changed_byte_and_a_missing_file_are_found(tmp_path):
     with pytest.raises(ValueError, match="SHA-256"): opened.verify()
     path.unlink()
     with pytest.raises(FileNotFoundError, match="missing"): ShapeIndex.open(folder)
-    with pytest.raises(FileNotFoundError, match="no index"): ShapeIndex.open(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no manifest.json"): ShapeIndex.open(tmp_path)
     (folder / MANIFEST).write_text(json.dumps(json.loads((folder / MANIFEST).read_text()) | {"format": "other", "files": {}}))
     with pytest.raises(ValueError, match="vectors.npy"): ShapeIndex.open(folder)
 
@@ -282,7 +284,7 @@ def test_a_save_that_fails_leaves_the_old_index(tmp_path, monkeypatch, step):
         with monkeypatch.context() as patch:
             if step == "save vectors": patch.setattr(index_module.np, "save", fail)
             if step == "save table": patch.setattr(pd.DataFrame, "to_parquet", fail)
-            if step in ("move", "manifest"): patch.setattr(vectors_module.os, "replace", failing_replace if there else fail)
+            if step in ("move", "manifest"): patch.setattr(folders_module.os, "replace", failing_replace if there else fail)
             with pytest.raises(OSError, match="no space"): new.save(folder)
         assert [path.name for path in tmp_path.iterdir()] == ["index"] * there, "no scratch is left"
         if there: np.testing.assert_array_equal(ShapeIndex.open(folder).vectors, old.vectors), ShapeIndex.open(folder).verify()
