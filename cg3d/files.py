@@ -276,7 +276,7 @@ def _declared_gltf(path: Path) -> tuple[int, int]:
     else:
         with open(path, "rb") as file:
             magic, _, whole, size, kind = struct.unpack("<4sIII4s", file.read(20).ljust(20, b"\0"))
-            if magic != b"glTF" or kind != b"JSON" or not 0 < size <= path.stat().st_size - 20: raise InputError(f"{path}: no glTF header, or one that announces more than the file holds; fetch it again", file=path)
+            if magic != b"glTF" or kind != b"JSON" or not 0 < size <= path.stat().st_size - 20: raise InputError(f"{path}: cannot be read as .glb: no glTF header, or one that announces more than the file holds; fetch it again", file=path)
             scene = json.loads(file.read(size))
     if not isinstance(scene, dict): raise InputError(f"{path}: its JSON is a {type(scene).__name__}, not a scene", file=path)
     for part in ("buffers", "images"):
