@@ -26,6 +26,7 @@ from .errors import DamagedFile, InputError, MissingFile, UnsafeFile
 from .folders import check_hash, hold, read_manifest, write_file, write_folder
 from .learner import Callback, Learner
 from .losses import PAIRS
+from .processes import each, rank, world
 
 # %% ../nbs/52_callbacks.ipynb #c07
 class Average(Callback):
@@ -72,12 +73,12 @@ class Progress(Callback):
 # %% ../nbs/52_callbacks.ipynb #c10
 class Log(Callback):
     "Epoch means into `metrics.csv`, and into TensorBoard if asked; steps that were left out into `skipped.jsonl`"
-    columns = ("epoch", "step", "loss", *PAIRS, "grad_norm", "lr", "scale", "skipped", "seconds")
+    columns = ("epoch", "step", "loss", *PAIRS, "grad_norm", "lr", "scale", "skipped", "seconds", "waiting")
 
     def __init__(self, folder: str | Path, tensorboard: bool = False): self.folder, self.tensorboard, self.writer = Path(folder), tensorboard, None
 
     def before_fit(self, learner: Learner) -> None:
-        self.seen, self.start = [], time.perf_counter()
+        self.seen, self.start, learner.waited = [], time.perf_counter(), 0.0
         path = self.folder / "metrics.csv"
         kept = [row for row in csv.DictReader(path.open())if int(row["step"]) <= learner.step] if learner.step and path.exists() else []
         with path.open("w", newline="") as file:
@@ -96,11 +97,12 @@ class Log(Callback):
 
     def after_epoch(self, learner: Learner) -> None:
         mean = {name: values[0] if len(values) == 1 else sum(values) / len(values) for name in (*PAIRS, "loss", "grad_norm") if (values := [row[name] for row in self.seen if name in row])}
-        row = mean | {"epoch": learner.epoch, "step": learner.step, "lr": learner.lr, "scale": learner.loss.scale.item(), "skipped": learner.skipped, "seconds": time.perf_counter() - self.start}
+        seconds = time.perf_counter() - self.start
+        row = mean | {"epoch": learner.epoch, "step": learner.step, "lr": learner.lr, "scale": learner.loss.scale.item(), "skipped": learner.skipped, "seconds": seconds, "waiting": learner.waited / seconds}
         with (self.folder / "metrics.csv").open("a", newline="") as file: csv.DictWriter(file, self.columns).writerow({k: v if isinstance(v, int) else f"{v:.6g}" for k, v in row.items()})
         if self.writer:
             for name in set(row) - {"epoch", "step"}: self.writer.add_scalar(name, row[name], learner.step)
-        self.seen, self.start = [], time.perf_counter()
+        self.seen, self.start, learner.waited = [], time.perf_counter(), 0.0
 
     def close(self, learner: Learner) -> None:
         if self.writer: self.writer.close()
@@ -112,23 +114,26 @@ class Checkpoint(Callback):
         self.folder, self.average, self.saved, self.kept, self.lock = Path(folder), average, -1, None, None
 
     def state(self, learner: Learner) -> dict:
-        cuda = torch.cuda.get_rng_state_all() if learner.device.type == "cuda" else []
+        random = each((torch.get_rng_state(), torch.cuda.get_rng_state(learner.device) if learner.device.type == "cuda" else None)) # of every process
         return {"model": {part: getattr(learner.model, part).state_dict() for part in ("encoder", "prompts")}, "loss": learner.loss.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in learner.optimizers], "average": self.average.mean if self.average else None,
-                "step": learner.step, "skipped": (learner.skipped, learner.in_a_row), "rng": torch.get_rng_state(), "cuda_rng": cuda, "config": asdict(learner.config)}
+                "step": learner.step, "skipped": (learner.skipped, learner.in_a_row), "random": random, "config": asdict(learner.config)}
 
     def save(self, learner: Learner) -> None:
-        place = self.folder / "checkpoints" / f"{learner.step:08d}"
+        state, place = self.state(learner), self.folder / "checkpoints" / f"{learner.step:08d}"
+        self.saved = learner.step
+        if rank(): return
         if place.exists(): shutil.rmtree(place) # damaged, or of an earlier run
         with torch.no_grad(), self.average.in_place(learner) if self.average else contextlib.nullcontext(): learner.model.save(self.folder)
-        write_folder(place, {"state.pt": lambda path: torch.save(self.state(learner), path)}, {"step": learner.step, "version": cg3d.__version__})
+        write_folder(place, {"state.pt": lambda path: torch.save(state, path)}, {"step": learner.step, "version": cg3d.__version__})
         for other in place.parent.iterdir():
             if other not in (place, self.kept): shutil.rmtree(other) # older ones, and what a killed job left half written
-        self.saved, self.kept = learner.step, place
+        self.kept = place
 
     def before_fit(self, learner: Learner) -> None:
-        self.lock = hold(self.folder)
+        if not rank(): self.lock = hold(self.folder)
         if learner.config.resume: self.resume(learner)
+        if rank(): return
         learner.config.to_json(self.folder / "train.json")
         write_file(self.folder / "environment.json", lambda path: path.write_text(json.dumps(environment(), indent=2) + "\n"))
 
@@ -157,14 +162,16 @@ class Checkpoint(Callback):
         state = self.newest(learner.device)
         changed = {name: (old, now) for name, now in asdict(learner.config).items() if (old := state["config"].get(name)) != now and name not in FREE_ON_RESUME}
         if changed: raise InputError("the checkpoint belongs to another run: " + ", ".join(f"{name} was {old!r}, is {now!r}" for name, (old, now) in changed.items()))
+        if len(state["random"]) != world(): raise InputError(f"the checkpoint is of {len(state['random'])} process(es), here are {world()}; start as many, or begin again with resume=False")
         for part, values in state["model"].items(): getattr(learner.model, part).load_state_dict(values)
         learner.loss.load_state_dict(state["loss"])
         for optimizer, values in zip(learner.optimizers, state["optimizers"]): optimizer.load_state_dict(values)
         if self.average: self.average.mean = state["average"]
         learner.step = self.saved = state["step"]
         learner.skipped, learner.in_a_row = state["skipped"]
-        torch.set_rng_state(state["rng"].cpu())
-        if state["cuda_rng"]: torch.cuda.set_rng_state_all([value.cpu() for value in state["cuda_rng"]])
+        cpu, cuda = state["random"][rank()]
+        torch.set_rng_state(cpu.cpu())
+        if cuda is not None: torch.cuda.set_rng_state(cuda.cpu(), learner.device)
 
     def after_epoch(self, learner: Learner) -> None: self.save(learner)
 
@@ -188,4 +195,5 @@ def standard_callbacks(
     "Averaging, checkpoints, log and bar, in the order they need"
     Path(folder).mkdir(parents=True, exist_ok=True)
     average = Average(config.ema) if config.ema else None
-    return [*([Checkpoint(folder, average)]), *([average] if average else []), Log(folder, config.tensorboard), *([Progress()] if progress else [])]
+    kept = [Checkpoint(folder, average), *([average] if average else [])]
+    return kept if rank() else [*kept, Log(folder, config.tensorboard), *([Progress()] if progress else [])]

@@ -52,7 +52,10 @@ class TrainConfig:
     # optimisation
     schedule: str = "joint" # joint, alternate (even steps encoder, odd steps prompts), frozen (no prompts, cached features)
     epochs: int = 100
-    batch_size: int = 64
+    batch_size: int = 64 # shapes a step, of each process
+    part: int = 0 # shapes encoded at once, with the gradients of the whole batch (GradCache); 0: the whole batch
+    checkpointing: bool = False # compute the activations of transformer blocks again instead of keeping them
+    compile: bool = False # torch.compile the encoder: minutes at the start, for GPUs
     optimizer: str = "adamw" # adam, adamw, sgd
     lr: float = 1e-3 # peak learning rate of the encoder
     weight_decay: float = 0.05 # of matrices; biases, norms and tokens have none
@@ -143,7 +146,7 @@ def check_choices(config: TrainConfig) -> None:
 RANGES = { # smallest and largest allowed value
     "min_shapes": (1, None), "limit": (0, None), "points": (2, None), "views": (1, None), "view_size": (16, 1024), "prompt_tokens": (1, 256),
     "weight_3d_text": (0, None), "weight_3d_image": (0, None), "weight_image_text": (0, None), "temperature": (0, 100), "hard_negatives": (0, 1),
-    "epochs": (1, None), "batch_size": (2, None), "lr": (0, None), "weight_decay": (0, None), "prompt_lr": (0, None), "prompt_decay": (0, None),
+    "epochs": (1, None), "batch_size": (2, None), "part": (0, None), "lr": (0, None), "weight_decay": (0, None), "prompt_lr": (0, None), "prompt_decay": (0, None),
     "warmup": (0, 1), "min_lr": (0, None), "clip_grad": (0, None), "max_skipped": (1, None), "ema": (0, 0.99999), "seed": (0, 2**31),
 }
 

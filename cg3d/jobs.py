@@ -28,6 +28,7 @@ from .learner import Learner, pick_device
 from .losses import PAIRS, TriModalLoss
 from .model import CG3D, CG3DConfig
 from .points import Augment
+from .processes import first_alone
 from .shapes import Collection, furniture
 from .triplets import Texts, Triplets, cache_dir
 from .zeroshot import frequent_labels
@@ -61,8 +62,8 @@ def make_triplets(collection: Collection, config: TrainConfig, progress: bool = 
     "The training items; views are rendered now if they are not in the cache"
     images = config.weight_3d_image or config.weight_image_text
     texts = Texts() if config.texts == "all" else Texts(caption=0, query=0, name=1, tags=0, attributes=0)
-    return Triplets(training_rows(collection, config), points=config.points, views=config.views if images else 0, size=config.view_size, texts=texts,
-                    seed=config.seed, shuffle_texts=config.shuffle_labels, progress=progress)
+    with first_alone(): return Triplets(training_rows(collection, config), points=config.points, views=config.views if images else 0, size=config.view_size, texts=texts,
+                                        seed=config.seed, shuffle_texts=config.shuffle_labels, progress=progress)
 
 # %% ../nbs/61_jobs.ipynb #c11
 def make_model(config: TrainConfig) -> CG3D:
@@ -162,7 +163,8 @@ def make_learner(
     loss = TriModalLoss((config.weight_3d_text, config.weight_3d_image, config.weight_image_text), config.temperature or 1 / model.backbone.logit_scale,
                         config.learnable_temperature, "caption" if config.positives == "class" else config.positives, config.hard_negatives)
     callbacks = standard_callbacks(config, folder, progress)
-    if config.schedule == "frozen" and triplets.cache is not None: triplets = with_features(triplets, model.backbone.to(pick_device(config.device)), progress)
+    if config.schedule == "frozen" and triplets.cache is not None:
+        with first_alone(): triplets = with_features(triplets, model.backbone.to(pick_device(config.device)), progress)
     return Learner(model, loss, triplets, config, callbacks,
                    augment=None if config.augment == "none" else getattr(Augment, config.augment)(),
                    augment_images=augment_images if config.image_augment else None)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .backbone import Backbone
 from .errors import InputError, KindError
@@ -39,6 +40,7 @@ def through_blocks(
     tokens: Tensor,  # what enters the first block, (B, L, width)
     prompts: Sequence[Tensor],  # one (1, T, width) a block for deep, a single one for shallow, none for off
     prefix: int = 1,  # tokens that stay in front: the class token
+    checkpointing: bool = False,  # compute a block's activations again in the backward pass
 ) -> Tensor:  # what leaves the last block, prompts removed, (B, L, width)
     "Run transformer blocks with prompt tokens behind the class token (VPT, arXiv:2203.12119)."
     taken = 0  # prompt slots in the sequence now
@@ -47,7 +49,7 @@ def through_blocks(
             slots = prompts[i].expand(len(tokens), -1, -1)
             tokens = torch.cat([tokens[:, :prefix], slots, tokens[:, prefix + taken:]], 1)
             taken = slots.shape[1]
-        tokens = block(tokens)
+        tokens = checkpoint(block, tokens, use_reentrant=False) if checkpointing and torch.is_grad_enabled() else block(tokens)
     return torch.cat([tokens[:, :prefix], tokens[:, prefix + taken:]], 1) if taken else tokens
 
 # %% ../nbs/32_prompts.ipynb #7b52009b
@@ -86,6 +88,8 @@ def context_at(
 # %% ../nbs/32_prompts.ipynb #b3f0c7f6
 class Prompts(nn.Module):
     "Learnable prompts around a frozen backbone; the backbone itself when all are off."
+
+    checkpointing = False  # True: activations inside of the tower's blocks are computed again in the backward pass
 
     def __init__(
         self,
@@ -141,7 +145,7 @@ class Prompts(nn.Module):
     def _encode_tokens(self, tokens: Tensor) -> Tensor:
         first = [self.prompt_embeddings] if hasattr(self, "prompt_embeddings") else []
         later = list(self.deep_prompt_embeddings.split(1)) if "deep" in self.visual else []
-        out = through_blocks(self.backbone.image_blocks, tokens, first + later, self.backbone.image_prefix)
+        out = through_blocks(self.backbone.image_blocks, tokens, first + later, self.backbone.image_prefix, self.checkpointing)
         return self.backbone.pool_tokens(out)
 
     def encode_image(

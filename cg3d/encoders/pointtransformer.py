@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .registry import EncoderConfig, PointEncoder, WarmBatchNorm1d, neighbourhoods, register_encoder
 from ..errors import InputError
@@ -136,6 +137,8 @@ class Block(nn.Module):
 class Blocks(nn.Module):
     "A stack of blocks; the position is added again before each."
 
+    checkpointing = False  # True: activations inside of a block are computed again in the backward pass
+
     def __init__(self, width: int, depth: int, heads: int, mlp_ratio: int, drop_path: float):
         super().__init__()
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
@@ -143,7 +146,7 @@ class Blocks(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
         for block in self.blocks:
-            x = block(x + position)
+            x = checkpoint(block, x + position, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block(x + position)
         return x
 
 # %% ../../nbs/23_pointtransformer.ipynb #c19

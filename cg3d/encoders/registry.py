@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, KindError
 from ..points import farthest_point_sample, knn, with_colour
+from ..processes import total, world
 
 # %% ../../nbs/20_encoders.ipynb #c6
 @dataclass(frozen=True)
@@ -112,7 +113,21 @@ class WarmBatchNorm1d(nn.BatchNorm1d):
             seen = int(self.num_batches_tracked)
             self.momentum = max(self.usual, 1 / (seen + 1))
             self.warm = self.momentum == self.usual
-        return super().forward(x)
+        return self.across_processes(x) if self.training and world() > 1 else super().forward(x)
+
+    def across_processes(self, x: Tensor) -> Tensor:
+        "Normalise by the statistics of all processes' rows, (M, C) or (B, C, L); M or B * L is the same on each."
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        shape, count = [1, -1, *[1] * (x.ndim - 2)], world() * x.numel() // x.shape[1]
+        rows = x if x.dtype == torch.float64 else x.float()
+        mean = total(rows.sum(axes)) / count
+        rows = rows - mean.view(shape)
+        var = total(rows.square().sum(axes)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        return (rows * (self.weight * (var + self.eps).rsqrt()).view(shape) + self.bias.view(shape)).to(x.dtype)
 
 # %% ../../nbs/20_encoders.ipynb #c23
 _MODULES = ("pointnet", "pointmlp", "pointtransformer")
