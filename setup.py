@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 config = ConfigParser(delimiters=["="])
 config.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("notebooks", "search", "track", "data", "umap")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("notebooks", "search", "scale", "track", "data", "umap")}
 inside = {"cg3d.data": "data", "cg3d.nbs": "nbs", "cg3d.recipes": "recipes"}
 
 setup(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .pointmlp import LocalGrouper, PointMLP, PointMLPConfig
 from .pointtransformer import PointTransformer, PointTransformerConfig
 from ..errors import InputError
-from ..points import farthest_point_sample, gather
+from ..points import farthest, farthest_point_sample, gather
 
 # %% ../../nbs/24_grouping.ipynb #d5e6c423
 @torch.no_grad()
@@ -26,17 +26,10 @@ def sample_centres(
     "Farthest point sampling from index 0, with the near-origin rule of `pointnet2_ops`."
     if skip_below is None: return farthest_point_sample(xyz, k)
     if not 1 <= k <= xyz.shape[1]: raise InputError(f"cannot take k={k} points from clouds of {xyz.shape[1]}", field="k", value=k)
-    planes = xyz.permute(2, 0, 1).contiguous()  # (3, B, N)
-    open_ = planes.square().sum(0) > skip_below
-    gap = torch.where(open_, 1e10, -1.0)  # squared distance to the nearest taken point; -1: never a candidate
-    last = torch.zeros(xyz.shape[0], 1, dtype=torch.int64, device=xyz.device)
-    taken = []
-    for _ in range(k):
-        taken.append(last)
-        x, y, z = planes - planes.gather(2, last.expand(3, -1, 1))
-        gap = torch.minimum(gap, x * x + y * y + z * z)
-        last = gap.argmax(1, keepdim=True)
-    return torch.cat(taken, 1)
+    x, y, z = xyz.square().unbind(-1)
+    gap = torch.where(x + y + z > skip_below, 1e10, -1.0)  # -1: never a candidate
+    first = torch.zeros(xyz.shape[0], 1, dtype=torch.int64, device=xyz.device)
+    return farthest(xyz, k, first, gap)
 
 # %% ../../nbs/24_grouping.ipynb #e3ce2a61
 def expanded_distances(
