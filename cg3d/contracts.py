@@ -12,9 +12,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .encoders.grouping import sample_centres
 from .errors import InputError
-from .points import MISSING_COLOUR, check_points, gather, with_colour
+from .points import MISSING_COLOUR, check_points, farthest_point_sample, gather, with_colour
 
 # %% ../nbs/33_contracts.ipynb #c9a54ed2
 @dataclass(frozen=True)
@@ -105,5 +104,5 @@ def sample_clouds(
     there, wanted = points.shape[1], contract.points
     if there == wanted: return points
     if there < wanted: return points[:, torch.arange(wanted, device=points.device) % there]
-    if contract.sampling == "farthest": return gather(points, sample_centres(points[..., :3], wanted, contract.skip_below))
+    if contract.sampling == "farthest": return gather(points, farthest_point_sample(points, wanted, skip_below=contract.skip_below))
     return points[:, torch.randperm(there, generator=torch.Generator().manual_seed(0))[:wanted].to(points.device)]
