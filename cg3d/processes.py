@@ -114,8 +114,8 @@ def split(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     mesh = init_device_mesh(next(module.parameters()).device.type, (world(),))
-    blocks = [block for blocks in module.modules() if isinstance(blocks, nn.ModuleList) for block in blocks]
-    for part in (*reversed(blocks), module): fully_shard(part, mesh=mesh)
+    blocks = [block for stack in module.modules() if isinstance(getattr(stack, "blocks", None), nn.ModuleList) for block in stack.blocks] # of transformers
+    for part in (*blocks, module): fully_shard(part, mesh=mesh)
 
 def unsplit(
     tree: object, # tensors, alone or in dicts and lists; the same on all ranks
