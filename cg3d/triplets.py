@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .datasets import Pictures, Published
-from .errors import CannotWrite, InputError
+from .errors import CannotWrite, InputError, NoSuchRow
 from .folders import reserve, writes
 from .points import MISSING_COLOUR, farthest_point_sample, gather
 from .render import ViewSettings, random_views, render_points
@@ -348,7 +348,7 @@ class Triplets(Dataset):
     ) -> dict[str, Any]:                # points (R, n, 6), images (R, 3, H, W), texts, name, id; row and view (R,) say what was drawn
         "A whole batch at once."
         rows = np.asarray(rows, dtype=np.int64).reshape(-1)
-        if len(rows) == 0 or rows.min() < 0 or rows.max() >= len(self): raise InputError(f"rows must be in 0..{len(self) - 1} and not empty, got {rows.tolist()[:8]}")
+        if len(rows) == 0 or rows.min() < 0 or rows.max() >= len(self): raise NoSuchRow(f"rows must be in 0..{len(self) - 1} and not empty, got {rows.tolist()[:8]}")
         batch = dict(points=self.points_of(rows, epoch), texts=self.texts_of(rows, epoch),
                      name=[self.names[row] for row in rows], id=[self.ids[row] for row in rows], row=torch.from_numpy(rows.copy()))
         if self.cache is None: return batch
