@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .errors import Cg3dError, InputError, MissingFile
+from .errors import Cg3dError, InputError, MissingFile, NoSuchRow
 from .guard import reads, refusal
 from .points import MISSING_COLOUR, normalize
 from .shapes import TURN, Collection, Shape, pick
@@ -169,7 +169,7 @@ class Published(Collection):
 
     def __getitem__(self, i: int) -> Shape:
         "Shape of one row, all its points, the file's units, y up."
-        if not -len(self) <= i < len(self): raise IndexError(f"row {i} of a collection of {len(self)}")
+        if not -len(self) <= i < len(self): raise NoSuchRow(f"row {i} of a collection of {len(self)}; rows are counted from 0", value=i)
         record, words = self.packed.record(int(self.rows[i])), self.words(i)
         return Shape(record.xyz, record.rgb, **{key: str(words.get(key, "")) for key in ("name", "category", "caption", "query", "id", "licence", "creator")},
                      source=self.layout, tags=tuple(tag for tag in str(words.get("tags", "")).split(", ") if tag))

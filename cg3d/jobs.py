@@ -23,7 +23,7 @@ from .callbacks import standard_callbacks
 from .backbone import Backbone
 from .config import TrainConfig, encoder_choice
 from .datasets import Published, read_dataset
-from .folders import flush
+from .folders import flush, reserve, writes
 from .learner import Learner, pick_device
 from .losses import PAIRS, TriModalLoss
 from .model import CG3D, CG3DConfig
@@ -113,11 +113,12 @@ class FeatureCache:
         self.shape = (shapes, count, backbone.dim)
         key = hashlib.blake2b(json.dumps([views.key, backbone.fingerprint(), self.shape]).encode(), digest_size=16).hexdigest()
         self.path = Path(folder if folder is not None else cache_dir()) / "features" / f"{key}.npy"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with writes(self.path): self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.is_file():
             part, mark = self.path.with_suffix(f".{os.getpid()}.part"), self.path.with_suffix(".json")
             self._adopt(part, mark)
             array = np.lib.format.open_memmap(part, mode="r+" if part.is_file() else "w+", dtype=np.float16, shape=self.shape)
+            reserve(part, array.offset + array.nbytes)
             done = json.loads(mark.read_text())["done"] if mark.is_file() and part.is_file() else 0
             step = max(1, batch_size // count)
             for first in tqdm(range(done, shapes, step), desc="features of views", disable=not progress):

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .errors import InputError, MissingFile
+from .errors import InputError, MissingFile, NoSuchRow
 from .files import read_points, unit_colours
 from .folders import write_file
 from .guard import LIMITS, check_count, open_npz, reads
@@ -174,7 +174,7 @@ class Collection:
 
     def __getitem__(self, i: int) -> Shape:
         "Shape of one row."
-        if not -len(self) <= i < len(self): raise IndexError(f"row {i} of a collection of {len(self)}")
+        if not -len(self) <= i < len(self): raise NoSuchRow(f"row {i} of a collection of {len(self)}; rows are counted from 0", value=i)
         row, at, arrays = self.table.iloc[i], self.rows[i], self.packed.arrays
         texts = {key: str(row[key]) for key in ("name", "category", "caption", "query", "id", "source", "licence", "creator") if key in row}
         size = tuple(float(row[key]) for key in ("width", "height", "depth")) if "width" in row and row["width"] > 0 else None
