@@ -23,6 +23,11 @@ from torch import Tensor, nn
 from .guard import reads
 
 # %% ../nbs/28_nanoclip.ipynb #nc05
+def _mended(text: str) -> str: # without broken encodings, ligatures, entities
+    if text.isascii() and text.isprintable() and "&" not in text: return text # there is nothing to mend
+    import ftfy
+    return html.unescape(html.unescape(ftfy.fix_text(text)))
+
 @lru_cache
 def _letters() -> dict[int, str]:  # byte -> a printable character that stands for it
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -67,10 +72,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         "Ids of a text, without start and end"
-        import ftfy
         import regex
-        text = " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
-        words = regex.findall(r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", text)
+        words = regex.findall(r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", " ".join(_mended(text).split()).lower())
         return [piece for word in words for piece in self.spell(word)]
 
     def decode(self, ids: Sequence[int]) -> str:
