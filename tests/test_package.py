@@ -47,6 +47,12 @@ def test_no_module_imports_what_it_does_not_need():
     assert run(f"import sys, importlib\nfor name in {names!r}: importlib.import_module(name)\nprint(sorted(set({HEAVY!r}) & set(sys.modules)))").strip() == "[]"
 
 
+def test_the_shipped_model_answers_without_the_libraries_it_was_made_with():
+    code = ("import sys, cg3d\nfrom cg3d.shapes import furniture\nmodel = cg3d.load('nano')\nassert len(model.classify(furniture()[0], ['chair', 'lamp'])) == 2\n"
+            "print(sorted({'open_clip', 'timm', 'torchvision', 'huggingface_hub', 'torch._dynamo', 'sympy'} & set(sys.modules)))")
+    assert run(code).strip() == "[]"
+
+
 def test_public_names_are_reachable():
     assert {"load", "read_shape", "Shape", "CG3D", "create_encoder", "list_encoders"} <= set(cg3d.__all__) <= set(dir(cg3d))
     for name in cg3d.__all__: assert callable(getattr(cg3d, name)), name
