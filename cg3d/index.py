@@ -193,11 +193,10 @@ class ShapeIndex:
 
     def _answers(self, labels: list[str], found: list[tuple[np.ndarray, np.ndarray]], table: pd.DataFrame) -> pd.DataFrame:
         rows = np.concatenate([row for _, row in found])
-        words = table.iloc[rows].reset_index(drop=True)
-        words = words[["id", "name", *(column for column in words if column not in ("id", "name"))]]
         head = {"query": np.repeat(np.array(labels, object), [len(row) for _, row in found]), "rank": np.concatenate([1 + np.arange(len(row)) for _, row in found]),
                 "score": np.concatenate([score for score, _ in found]), "row": rows}
-        return pd.concat([pd.DataFrame(head), words.rename(columns={column: f"{column}_" for column in head})], axis=1)
+        names = ["id", "name", *(name for name in table if name not in ("id", "name"))]
+        return pd.DataFrame(head | {f"{name}_" if name in head else name: table[name].array[rows] for name in names}, copy=False) # a column at a time: half the time of taking rows of the table
 
     def save(self,
         folder: str | Path, # new, or an index that this one replaces
