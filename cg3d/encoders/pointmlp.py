@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .registry import EncoderConfig, PointEncoder, WarmBatchNorm1d, neighbourhoods, register_encoder
+from .registry import EncoderConfig, PointEncoder, WarmBatchNorm1d, neighbourhoods, product, register_encoder
 from ..errors import InputError
 from ..points import gather
 
@@ -93,7 +93,7 @@ def _layer(in_channels: int, out_channels: int) -> nn.Sequential:
 
 def _run(layer: nn.Sequential, rows: Tensor) -> Tensor:
     "That convolution on rows: a matrix product, then batch norm."
-    return layer[1](F.linear(rows, layer[0].weight.squeeze(-1)))
+    return layer[1](product(rows, layer[0].weight))
 
 # %% ../../nbs/22_pointmlp.ipynb #c17
 class PreExtraction(nn.Module):
@@ -162,7 +162,7 @@ class PointMLP(PointEncoder):
     def encode(self, points: Tensor) -> Tensor:
         "(B, N, in_channels) to (B, dim)."
         x, _ = self.features(points)
-        return F.linear(x.amax(1), self.projection.weight.squeeze(-1), self.projection.bias)
+        return product(x.amax(1), self.projection.weight, self.projection.bias)
 
 # %% ../../nbs/22_pointmlp.ipynb #c21
 register_encoder("pointmlp", PointMLP, PointMLPConfig())
