@@ -64,8 +64,9 @@ def gather(
     idx: Tensor,  # row numbers in [0, N), (B, ...), int64
 ) -> Tensor:  # (B, ..., C)
     "Rows of `points` at `idx`, cloud by cloud."
-    flat = idx.reshape(idx.shape[0], -1, 1).expand(-1, -1, points.shape[-1])
-    return points.gather(1, flat).reshape(*idx.shape, points.shape[-1])
+    B, N = points.shape[:2]
+    first = torch.arange(0, B * N, N, device=idx.device).view(-1, *[1] * (idx.ndim - 1))  # of each cloud, where all lie in one table
+    return F.embedding(idx + first, points.reshape(B * N, -1))
 
 # %% ../nbs/00_points.ipynb #a296220a
 def _rand(shape, generator, device) -> Tensor:  # uniform in [0, 1), drawn where the generator lives, moved to `device`

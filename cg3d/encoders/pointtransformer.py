@@ -61,12 +61,13 @@ class PatchReader(nn.Module):
         batch, groups, k, _ = patches.shape
         conv, norm, act, last = self.first_conv
         inner = act(norm(product(patches.flatten(0, 2), conv.weight, conv.bias)))  # (B*G*k, first)
-        local = product(inner, last.weight, last.bias).unflatten(0, (batch * groups, k))
-        conv, norm, act, last = self.second_conv
+        highest = product(inner, last.weight, last.bias).unflatten(0, (batch * groups, k)).amax(1)
+        conv, norm, act, after = self.second_conv
         for_max, for_point = conv.weight.squeeze(-1).chunk(2, dim=1)
-        x = product(local, for_point, conv.bias) + product(local.amax(1, keepdim=True), for_max)
-        x = product(act(norm(x.flatten(0, 1))), last.weight, last.bias).unflatten(0, (batch, groups, k))
-        return x.amax(2)
+        for_point, bias = for_point @ last.weight.squeeze(-1), for_point @ last.bias + conv.bias  # two products without a ReLU between are one
+        x = product(inner, for_point).unflatten(0, (batch * groups, k)).add_(product(highest, for_max, bias).unsqueeze(1))
+        x = act(norm(x.flatten(0, 1)))
+        return product(x, after.weight, after.bias).unflatten(0, (batch, groups, k)).amax(2)
 
 # %% ../../nbs/23_pointtransformer.ipynb #c14
 class DropPath(nn.Module):

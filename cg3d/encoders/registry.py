@@ -8,6 +8,7 @@ __all__ = ['EncoderConfig', 'check_number', 'PointEncoder', 'neighbourhoods', 'p
 
 # %% ../../nbs/20_encoders.ipynb #c3
 import importlib
+import math
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -109,10 +110,11 @@ def product(
     bias: Tensor | None = None,  # (out,)
 ) -> Tensor:  # (..., out)
     "rows @ weight.T + bias, by the quicker library of the device."
-    weight = weight.flatten(1)
-    if rows.device.type != "cpu" or rows.dtype != torch.float32 or rows.shape[:-1].numel() % 16 or not torch.backends.mkldnn.enabled:
+    weight, count = weight.flatten(1), math.gcd(rows.shape[:-1].numel(), 16)
+    small = rows.numel() * len(weight) < 1 << 26 or (count < 16 and torch.get_num_threads() == 1)
+    if small or rows.device.type != "cpu" or rows.dtype != torch.float32:
         return F.linear(rows, weight, bias)
-    images = rows.reshape(16, 1, -1, rows.shape[-1]).permute(0, 3, 1, 2)  # (16, in, 1, L), channels last
+    images = rows.reshape(count, 1, -1, rows.shape[-1]).permute(0, 3, 1, 2)  # (count, in, 1, L), channels last
     return F.conv2d(images, weight[..., None, None], bias).permute(0, 2, 3, 1).reshape(*rows.shape[:-1], -1)
 
 
