@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .datasets import Pictures, Published
+from .datasets import Published
 from .errors import InputError
 from .points import MISSING_COLOUR, farthest_point_sample, gather
 from .render import ViewSettings, random_views, render_points
@@ -299,7 +299,7 @@ class Triplets(Dataset):
         self.fixed = None if train else self._fixed_points(sample)
         settings = settings if size is None else replace(settings, size=size)
         if not views: self.cache = None
-        elif published and self.collection.has_pictures: self.cache = Pictures(self.collection, views, settings.size)
+        elif published and self.collection.has_pictures: self.cache = self.collection.views(views, settings.size)
         else: self.cache = ViewCache(self.clouds, views, settings, seed, elevation, folder, workers, progress)
 
     def _fixed_points(self, sample: str) -> Tensor:
