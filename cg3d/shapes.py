@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TURN', 'UP_BY_SUFFIX', 'SCALE', 'NUMBERS', 'Shape', 'pick', 'read_shape', 'Packed', 'Collection', 'read_collection',
-           'write_collection', 'data_dir', 'furniture']
+           'shape_words', 'write_collection', 'data_dir', 'furniture']
 
 # %% ../nbs/02_shapes.ipynb #cell002
 from collections.abc import Iterable
@@ -242,7 +242,7 @@ def read_collection(
     return Collection(table, Packed(geometry, len(table)), np.arange(len(table)), stem.name)
 
 # %% ../nbs/02_shapes.ipynb #cell019
-def _words(shape: Shape) -> dict:
+def shape_words(shape: Shape) -> dict:
     "The table row of a shape."
     row = {key: getattr(shape, key) for key in ("name", "category", "source", "id", "licence", "creator")}
     row |= {"tags": ", ".join(shape.tags)} | dict(zip(NUMBERS, shape.size or (None,) * 3))
@@ -261,7 +261,7 @@ def write_collection(
         packed["points"].append(np.rint(cloud[:, :3] * SCALE).astype(np.int16))
         packed["colors"].append(np.rint(cloud[:, 3:] * 255).astype(np.uint8))
         packed["has_color"].append(shape.colors is not None)
-        rows.append(_words(shape))
+        rows.append(shape_words(shape))
     if not rows: raise InputError(f"{path}: no shapes to write", file=path)
     table = pd.DataFrame(rows)
     if columns is not None:
