@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .errors import InputError, MissingFile
 from .files import CLOUD_SUFFIXES, MESH_SUFFIXES
+from .guard import reads
 
 # %% ../nbs/78_describe.ipynb #c05
 def file_sha256(path: str | Path) -> str: # 64 hexadecimal digits
@@ -103,6 +104,7 @@ def _published_facts(path: Path) -> dict:
     model = published.load_published(path)
     return {"kind": "published weights", "encoder": model.config.encoder, "points": model.config.points, "in_channels": model.config.in_channels, "clip": model.config.clip, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
+@reads("a file of cg3d")
 def describe(
     place: str | Path, # a file, a folder, "nano" or "furniture"
 ) -> dict: # "path", "kind" and what there is to say about that kind

@@ -21,7 +21,7 @@ from .filters import Filter
 from .model import CG3D
 from .queries import as_vectors, embed_items, model_fingerprint, model_name, model_stamp, table_of, with_ids
 from .shapes import Collection, Shape
-from .vectors import add_faiss, approximate_top, build_faiss, choose_kind, exact_top, import_faiss, unit_rows
+from .vectors import add_faiss, approximate_top, build_faiss, choose_kind, exact_top, import_faiss, read_faiss, unit_rows
 
 # %% ../nbs/59_index.ipynb #i05
 FORMAT = "cg3d-index-1" # raise when the files change, so that old ones are refused
@@ -115,7 +115,7 @@ class ShapeIndex:
             if entry is None: self._structure = build_faiss(self.kind, self.vectors, progress)
             else:
                 check_hash(entry) # faiss trusts its files
-                self._structure = import_faiss().read_index(str(entry["file"]))
+                self._structure = read_faiss(entry["file"], len(self), self.dim)
         return self._structure
 
     def add(self,

@@ -157,9 +157,9 @@ def test_hostile_file_is_refused(tmp_path, write):
     write(tmp_path / "files")
     opened = []
     sys.addaudithook(lambda event, given: opened.append(str(given[0])) if event in ("open", "socket.connect", "os.system", "subprocess.Popen") and opened is not None else None)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(Cg3dError) as refused: HOSTILE[write](tmp_path / "files")
-    seen, now = list(opened), time.monotonic() - start
+    seen, now = list(opened), time.process_time() - start
     assert now < 5 and len(str(refused.value)) < 2000
     assert not [name for name in seen if "secret" in name] and not (tmp_path / "owned").exists() and not (tmp_path.parent / "owned").exists()
 
