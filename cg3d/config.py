@@ -55,6 +55,7 @@ class TrainConfig:
     batch_size: int = 64 # shapes a step, of each process
     part: int = 0 # shapes encoded at once, with the gradients of the whole batch (GradCache); 0: the whole batch
     checkpointing: bool = False # compute the activations of transformer blocks again instead of keeping them
+    split: bool = False # each process keeps only its share of the encoder's weights and optimiser state (FSDP), for encoders that are too large for one GPU
     compile: bool = False # torch.compile the encoder: minutes at the start, for GPUs
     optimizer: str = "adamw" # adam, adamw, sgd
     lr: float = 1e-3 # peak learning rate of the encoder

@@ -23,7 +23,7 @@ from .config import TrainConfig
 from .errors import Diverged, InputError
 from .losses import PAIRS
 from .parts import in_parts
-from .processes import average_gradients, most, rank, same_weights, total, world
+from .processes import average_gradients, clip_gradients, most, rank, same_weights, split, total, world
 
 # %% ../nbs/50_learner.ipynb #c07
 def parameter_groups(
@@ -176,6 +176,7 @@ class Learner:
         self.bf16 = use_bf16(config.precision, self.device)
         model.to(self.device), loss.to(self.device)
         same_weights(model.encoder), same_weights(model.prompts)
+        if config.split and world() > 1: split(model.encoder)
         if config.checkpointing: recompute_blocks(model.encoder, model.prompts)
         self.encode = torch.compile(model.encoder) if config.compile else model.encoder
         self.towers = Towers(model, keep_views=augment_images is None)
@@ -264,7 +265,7 @@ class Learner:
             backward()
             learning = [value for group in optimizer.param_groups for value in group["params"]]
             average_gradients(learning)
-            self.grad_norm = nn.utils.clip_grad_norm_(learning, self.config.clip_grad or math.inf).item()
+            self.grad_norm = clip_gradients(learning, self.config.clip_grad or math.inf)
             if not math.isfinite(self.grad_norm): self.trouble = f"a gradient of length {self.grad_norm}"
         for group in optimizer.param_groups:
             floor = self.config.min_lr / max(group["peak"], self.config.min_lr, 1e-30)

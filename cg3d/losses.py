@@ -84,7 +84,7 @@ def contrastive(
     "Symmetric InfoNCE (CLIP, arXiv 2103.00020) with optional soft targets, left-out pairs and hard negatives; G = B unless there are several processes"
     ways = pair_logits(a, everyones(b), scale), pair_logits(b, everyones(a), scale)
     partner = torch.arange(len(a), device=a.device) + rank() * len(a)
-    targets = F.one_hot(partner, ways[0].shape[1]).float() if targets is None else targets.to(a.device)
+    targets = torch.zeros_like(ways[0]).scatter_(1, partner[:, None], 1.0) if targets is None else targets.to(a.device)
     if ignore is not None: ways = tuple(way.masked_fill(ignore.to(a.device) & (targets == 0), -torch.inf) for way in ways)
     if hard_negatives:
         negative = targets < targets.gather(1, partner[:, None])  # less right than the partner itself

@@ -24,6 +24,7 @@ from .errors import InputError, KindError, MissingFile
 from .folders import write_file
 from .guard import reads
 from .points import check_points, farthest_point_sample, gather, normalize, with_colour
+from .processes import rank, unsplit
 from .prompts import Prompts
 from .shapes import Shape, data_dir
 from .triplets import TEMPLATES, fill
@@ -272,11 +273,12 @@ def save(
     folder: str | Path,  # made if it is not there
     half: bool = False,  # store float16: half the size
 ) -> Path:  # the folder
-    "Write weights and configuration; each file is replaced in one step."
+    "Write weights and configuration; each file is replaced in one step. All processes of a run call it, the first one writes."
     from safetensors.torch import save_file
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in trained_state(model).items()}
+    state = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in unsplit(trained_state(model)).items()}
+    if rank(): return folder
     if half: state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
     config = replace(model.config, clip_fingerprint=model.backbone.fingerprint())
     for name, write in ((WEIGHTS_FILE, lambda path: save_file(state, path)), (CONFIG_FILE, lambda path: path.write_text(json.dumps(asdict(config), indent=2) + "\n"))):

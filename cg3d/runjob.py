@@ -26,12 +26,12 @@ if TYPE_CHECKING: import pandas as pd
 JOBS = {"train": "train", "evaluate": "zero_shot", "finetune": "finetune"} # command -> notebook
 
 def home(
-    what: str, # "nbs" or "recipes"
+    what: str, # "nbs", "recipes" or "benchmarks"
 ) -> Path:
-    "Folder of the job notebooks or of the recipes: in the installed package, else in the checkout."
+    "Folder of the job notebooks, the recipes or the benchmarks: in the installed package, else in the checkout."
     import cg3d
     here = Path(cg3d.__file__).parent
-    marks = {"nbs": "train.ipynb", "recipes": "quick.yaml"}
+    marks = {"nbs": "train.ipynb", "recipes": "quick.yaml", "benchmarks": "points.py"}
     found = next((folder for folder in (here / what, here.parent / what) if (folder / marks[what]).is_file()), None)
     if found is None: raise MissingFile(f"no folder {what!r} in {here} or beside it; reinstall cg3d or work in its checkout")
     return found

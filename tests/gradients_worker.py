@@ -7,7 +7,7 @@ import torch
 
 from cg3d.config import TrainConfig, checked, settings
 from cg3d.jobs import make_learner, make_triplets, read_data
-from cg3d.processes import average_gradients, rank, world
+from cg3d.processes import average_gradients, is_split, rank, unsplit, world
 from cg3d.train import started
 
 out, encoder, batch, *more = sys.argv[1:]
@@ -25,8 +25,10 @@ with started(config):
     backward()
     named = [(f"{part}.{name}", value) for part in ("encoder", "prompts") for name, value in getattr(learner.model, part).named_parameters()]
     average_gradients([value for _, value in named])
+    found_gradients = unsplit({name: value.grad for name, value in named if value.grad is not None})
+    held = sum((value.to_local() if is_split(value) else value).numel() for _, value in named)
     if not rank():
         Path(out).mkdir(parents=True, exist_ok=True)
         buffers = {f"buffer.{name}": value for name, value in learner.model.encoder.named_buffers()}
-        torch.save({"world": world(), "loss": found["loss"].item(), "gradients": {name: value.grad for name, value in named if value.grad is not None}, "buffers": buffers}, f"{out}/gradients.pt")
+        torch.save({"world": world(), "loss": found["loss"].item(), "gradients": found_gradients, "held": held, "buffers": buffers}, f"{out}/gradients.pt")
     learner.reader.shutdown()

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 import miniatures as mini
 from cg3d.backbone import NANO_CONFIG, load_backbone
 from cg3d.config import TrainConfig, ZeroShotConfig, settings
+from cg3d.speed import BenchmarkConfig
 from cg3d.layouts import write_layout
 from cg3d.model import load
 
@@ -69,7 +70,7 @@ def test_wrong_parameters_stop_the_job(tmp_path, name, value, words):
     assert done.returncode != 0 and words in done.stderr
 
 
-@pytest.mark.parametrize("notebook,config", [("train", TrainConfig), ("zero_shot", ZeroShotConfig)])
+@pytest.mark.parametrize("notebook,config", [("train", TrainConfig), ("zero_shot", ZeroShotConfig), ("benchmark", BenchmarkConfig)])
 def test_parameters_cell_is_the_table_of_settings(notebook, config):
     cells = json.loads((ROOT / f"nbs/{notebook}.ipynb").read_text())["cells"]
     (cell,) = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]

@@ -87,3 +87,18 @@ def test_two_processes_killed_together_end_bit_identical(tmp_path):
     assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (tmp_path / "killed" / "model.safetensors").read_bytes()
     assert (tmp_path / "killed" / "metrics.csv").read_text().count("\n") == 4
     shutil.rmtree(tmp_path)
+
+
+def test_a_split_model_has_the_gradients_and_the_checkpoint_of_a_whole_one(tmp_path):
+    words = ["point_transformer_small drop_path=0", 16, "visual_prompt=deep"]
+    parts, halves = gradients(TWO, tmp_path / "parts", *words), gradients(TWO, tmp_path / "halves", *words, "split=True")
+    assert furthest(parts, halves) < 1e-5 < 0.1 < max(value.abs().max().item() for value in parts["gradients"].values())
+    assert halves["held"] < 0.6 * parts["held"] # weights that the first process keeps
+    settings = {"limit": 48, "batch_size": 8, "views": 1, "view_size": 32, "points": 256, "encoder": "pointmlp_small", "device": "cpu", "ema": 0.9, "epochs": 2}
+    command = ["-m", "cg3d.train", *(word for name, value in settings.items() for word in ("-p", name, str(value)))]
+    start(TWO, *command, "-p", "out", tmp_path / "split", ACCELERATE_USE_FSDP="true")
+    newest = max((tmp_path / "split" / "checkpoints").iterdir())
+    shutil.rmtree(newest) # as if the run had been killed before its last epoch
+    (tmp_path / "split" / "model.safetensors").rename(tmp_path / "first.safetensors")
+    start(TWO, *command, "-p", "out", tmp_path / "split", "-p", "resume", "true", "-p", "split", "true")
+    assert (tmp_path / "first.safetensors").read_bytes() == (tmp_path / "split" / "model.safetensors").read_bytes()
