@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -25,6 +26,7 @@ from cg3d.folders import check_hash, read_manifest
 from cg3d.index import ShapeIndex
 from cg3d.jobs import make_learner, make_model, make_triplets, read_data
 from cg3d.shapes import furniture, read_collection, write_collection
+from cg3d.share import read_embeddings
 
 SCHEDULES = {"joint": {}, "alternate": {"prompt_optimizer": "sgd"}, "frozen": {"visual_prompt": "none"}}
 
@@ -76,53 +78,66 @@ def outcome(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def training(kills: int, place: Path) -> int:
-    "Bit-identical finishes among `kills` disturbed runs"
+def training(kills: int, place: Path) -> tuple[int, int]:
+    "Bit-identical finishes of runs that were killed, and how often they were killed in all"
     os.environ["CG3D_CACHE"] = str(place / "cache")
-    collection, same = read_data("furniture"), 0
+    collection, same, struck = read_data("furniture"), 0, 0
     for number, (schedule, options) in enumerate(SCHEDULES.items()):
-        config = TrainConfig(encoder="pointnet", limit=24, points=128, views=2, view_size=32, batch_size=8, epochs=6, ema=0.9, schedule=schedule, texts="all", learnable_temperature=True, device="cpu", precision="fp32", **options)
+        config = TrainConfig(encoder="pointnet", limit=16, points=128, views=2, view_size=32, batch_size=8, epochs=4, ema=0.9, schedule=schedule, texts="all", learnable_temperature=True, device="cpu", precision="fp32", **options)
         triplets = make_triplets(collection, config, progress=False)
         def work(folder, resume): make_learner(replace(config, out=str(folder), resume=resume), folder, triplets, make_model(config), progress=False).fit()
         start = time.monotonic()
         attempt(lambda: work(place / schedule, False))
-        whole, good = time.monotonic() - start, outcome(place / schedule)
-        for turn in range(kills // 3 + (number < kills % 3)):
-            folder = place / f"{schedule}{turn}"
+        whole, good, turn = time.monotonic() - start, outcome(place / schedule), 0
+        while turn < kills // 3 + (number < kills % 3):
+            folder, deaths = place / f"{schedule}{turn}", 0
             shutil.rmtree(place / "cache" / "features", ignore_errors=True) if turn % 2 else None
-            done, deaths = attempt(lambda: work(folder, False), random.uniform(0, whole)), 1
-            while not done: # killed once more in every third run
-                resume = any((folder / "checkpoints").glob("[0-9]*"))
-                done = attempt(lambda: work(folder, resume), random.uniform(0, whole) if turn % 3 == 0 and deaths == 1 else None)
-                deaths += 1
+            while not attempt(lambda: work(folder, any((folder / "checkpoints").glob("[0-9]*"))), random.uniform(0, whole) if deaths < 1 + (turn % 3 == 0) else None): deaths += 1 # every third run is killed twice
             left = sorted(path.name for path in (folder / "checkpoints").iterdir())
-            same += (found := outcome(folder) == good) and len(left) == 2
-            if not found: print(f"{schedule} {turn}: other weights")
+            epochs = (folder / "metrics.csv").read_text().count("\n") - 1
+            found = (outcome(folder), len(left), epochs)
             shutil.rmtree(folder)
+            if not deaths: continue # it came to its end before it was killed: does not count
+            turn, struck, same = turn + 1, struck + deaths, same + (found == (good, 2, config.epochs))
+            if found != (good, 2, config.epochs): print(f"{schedule} {turn}: {found}, expected {(good, 2, config.epochs)}")
         print(f"{schedule}: {whole:.1f} s undisturbed, {same} bit-identical finishes so far", flush=True)
-    return same
+    return same, struck
 
 
 def writing(kills: int, place: Path) -> int:
-    "Sound outputs among `kills` disturbed embeddings, indices and collections"
-    model, shapes, sound = cg3d.load("nano"), furniture().select(split="test"), 0
+    "Outputs that hold everything once, equal to those of an undisturbed writer, among `kills` disturbed embeddings, indices and collections"
+    model, shapes, sound, turn = cg3d.load("nano"), furniture().select(split="test"), 0, 0
     source = collection_source(shapes, "furniture")
     source.table, source.stamps = source.table.iloc[:48].reset_index(drop=True), source.stamps[:48]
-    rng = np.random.default_rng(0)
+    vectors = np.random.default_rng(0).standard_normal((20_000, 64), dtype=np.float32)
+    table = shapes.table.iloc[np.random.default_rng(1).integers(len(shapes), size=20_000)].assign(id=np.arange(20_000))
     def embed(path): embed_source(source, model, path, batch_size=4)
-    def index(path): ShapeIndex.from_embeddings(rng.standard_normal((20_000, 64), dtype=np.float32), shapes.table.iloc[rng.integers(len(shapes), size=20_000)].assign(id=np.arange(20_000)), "f").save(path)
+    def index(path): ShapeIndex.from_embeddings(vectors, table, "f").save(path)
     def collect(path): write_collection(path, [shapes[i] for i in range(60)], n=1024)
-    def read_embed(path): return cg3d.share.read_embeddings(path).table["id"].tolist() == source.table["id"].tolist() and not Path(f"{path}.part").exists()
-    def read_index(path): return ShapeIndex.open(path).verify() is None
-    def read_collect(path): return len(read_collection(path)) == 60
-    for turn in range(kills):
+    def read_embed(path): return (found := read_embeddings(path)).matrix, found.table["id"].tolist()
+    def read_index(path):
+        found = ShapeIndex.open(path)
+        found.verify()
+        return np.array(found.vectors), found.table["id"].tolist()
+    def read_collect(path): return (found := read_collection(path)).points().numpy(), found.table["name"].tolist()
+    def before(path): ShapeIndex.from_embeddings(vectors[:5000], table[:5000], "f").save(path)
+    while turn < kills:
         write, read, name = ((embed, read_embed, "a.npz"), (index, read_index, "index"), (collect, read_collect, "collection"))[turn % 3]
-        path = place / f"{turn}" / name
+        path, whole = place / f"{turn}" / name, place / "whole" / f"{turn}" / name
+        if write is index: before(path), before(whole) # replaced by a larger one
         start = time.monotonic()
-        attempt(lambda: write(place / "whole" / f"{turn}" / name))
-        if not attempt(lambda: write(path), random.uniform(0, time.monotonic() - start)) and name == "index" and path.exists(): read(path) # whole, or not there
+        attempt(lambda: write(whole))
+        good, seconds = read(whole), time.monotonic() - start
+        killed = not attempt(lambda: write(path), random.uniform(0, seconds))
+        between = write is not index or len(read(path)[1]) in (5000, 20_000) # a search beside it meets the old one or the new one
         attempt(lambda: write(path))
-        sound += read(path)
+        found = read(path)
+        left = sorted(other.name for other in path.parent.iterdir() if other.name.endswith(".part") and not other.name.startswith("."))
+        shutil.rmtree(path.parent), shutil.rmtree(whole.parent)
+        if not killed: continue
+        turn += 1
+        if between and not left and np.allclose(found[0], good[0], atol=0 if write is not embed else 1e-6) and found[1] == good[1]: sound += 1
+        else: print(f"{name} {turn}: {len(found[1])} of {len(good[1])} rows, left {left}")
     return sound
 
 
@@ -132,5 +147,8 @@ if __name__ == "__main__":
     asked = parser.parse_args()
     random.seed(asked.seed), torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        print(f"training: {training(asked.kills, Path(folder))} of {asked.kills} killed runs finish bit-identical")
-        print(f"writing: {writing(asked.writes, Path(folder))} of {asked.writes} killed writers leave everything once")
+        same, struck = training(asked.kills, Path(folder))
+        print(f"training: {same} of {asked.kills} killed runs finish bit-identical, after {struck} kills", flush=True)
+        sound = writing(asked.writes, Path(folder))
+        print(f"writing: {sound} of {asked.writes} killed writers leave everything once")
+    sys.exit((same, sound) != (asked.kills, asked.writes))

@@ -3,7 +3,7 @@
     python benchmarks/fuzz.py --count 5000 [--seed 0] [--keep FOLDER]
 
 The seeds are small sound files, written here. A mutation flips, cuts, repeats or replaces bytes, writes huge and negative numbers over those that are there,
-or joins two files. Each input is read in a process of its own, which may take 15 seconds and 1 GiB more than before. What fails is told, and kept with --keep."""
+or joins two files. Each input is read in a process of its own, which may compute for 5 seconds (wait for 60, as the machine may be busy) and take 1 GiB more than before. What fails is told, and kept with --keep."""
 import argparse
 import json
 import os
@@ -28,9 +28,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import cg3d
+from cg3d.callbacks import Checkpoint as RunCheckpoint
 from cg3d.checkpoint import read_checkpoint
 from cg3d.datasets import read_picture
 from cg3d.errors import Cg3dError
+from cg3d.folders import write_folder
 from cg3d.index import ShapeIndex
 from cg3d.runjob import read_recipe
 from cg3d.scans import read_scene
@@ -41,7 +43,7 @@ from cg3d.unpickle import load_npy, load_pickle
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import miniatures
 
-SECONDS, GIB = 15, 2**30
+SECONDS, WAIT, GIB = 5, 60, 2**30
 
 
 @dataclass
@@ -112,6 +114,10 @@ def seeds(place: Path) -> list[Seed]:
         index.verify()
         return index.search(vectors[:1], 2)
     add("index", lambda folder: ShapeIndex.from_embeddings(vectors, table, "f").save(folder / "index"), search)
+    def run(folder): return RunCheckpoint(folder).newest(torch.device("cpu"))
+    def two(folder):
+        for step in (2, 4): write_folder(folder / "checkpoints" / f"{step:08d}", {"state.pt": lambda path: torch.save({"step": step, "w": torch.zeros(9)}, path)}, {"step": step})
+    add("run", two, run)
     state = {"state_dict": {"module.a.weight": torch.randn(4, 4), "b": torch.zeros(3)}, "epoch": 3}
     add("checkpoint-pt", lambda folder: torch.save(state, folder / "w.pt"), lambda folder: read_checkpoint(folder / "w.pt"))
     add("checkpoint-old", lambda folder: torch.save(state, folder / "w.pth", _use_new_zipfile_serialization=False), lambda folder: read_checkpoint(folder / "w.pth"))
@@ -170,7 +176,8 @@ def in_a_process(seed: Seed) -> tuple[str, str]: # as above
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1), os.dup2(quiet, 2)
         torch.set_num_threads(1)  # a forked process has no pool of threads
-        signal.signal(signal.SIGALRM, signal.SIG_DFL), signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL), signal.setitimer(signal.ITIMER_REAL, WAIT)
+        signal.signal(signal.SIGPROF, signal.SIG_DFL), signal.setitimer(signal.ITIMER_PROF, SECONDS)
         pages = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + 6 * GIB, size + 6 * GIB))
@@ -188,7 +195,8 @@ def in_a_process(seed: Seed) -> tuple[str, str]: # as above
     with os.fdopen(out, "rb") as file: told = file.read()
     status = os.waitpid(process, 0)[1]
     if told: return tuple(json.loads(told))
-    return ("hang", f"more than {SECONDS} s") if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM else ("crash", f"status {status}")
+    slow = {signal.SIGPROF: f"computes for more than {SECONDS} s", signal.SIGALRM: f"waits for more than {WAIT} s"}
+    return ("hang", slow[os.WTERMSIG(status)]) if os.WIFSIGNALED(status) and os.WTERMSIG(status) in slow else ("crash", f"status {status}")
 
 
 def fuzz(count: int, seed: int = 0, keep: Path | None = None) -> tuple[Counter, list[tuple[str, str, str]]]:

@@ -7,12 +7,11 @@ __all__ = ['FREE_ON_RESUME', 'Average', 'Progress', 'Log', 'Checkpoint', 'put', 
 
 # %% ../nbs/52_callbacks.ipynb #c02
 import contextlib
-import csv
 import json
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor
 import cg3d
 from .config import TrainConfig
 from .errors import DamagedFile, InputError, MissingFile, UnsafeFile
-from .folders import check_hash, hold, read_manifest, write_file, write_folder
+from .folders import check_hash, hold, read_manifest, write_file, write_folder, writes
 from .learner import Callback, Learner
 from .losses import PAIRS
 from .processes import each, rank, split_like, unsplit, world
@@ -79,27 +78,34 @@ class Log(Callback):
 
     def before_fit(self, learner: Learner) -> None:
         self.seen, self.start, learner.waited = [], time.perf_counter(), 0.0
-        path = self.folder / "metrics.csv"
-        kept = [row for row in csv.DictReader(path.open())if int(row["step"]) <= learner.step] if learner.step and path.exists() else []
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader(), writer.writerows(kept)
-        skipped = self.folder / "skipped.jsonl"
-        kept = [line for line in skipped.read_text().splitlines(True) if json.loads(line)["step"] < learner.step] if learner.step and skipped.exists() else []
-        skipped.write_text("".join(kept)) if kept else skipped.unlink(missing_ok=True)
+        self.keep("metrics.csv", lambda line: int(line.split(",")[1]) <= learner.step if learner.step else False, ",".join(self.columns) + "\n")
+        self.keep("skipped.jsonl", lambda line: json.loads(line)["step"] < learner.step)
         if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=learner.step)
 
+    def keep(self, name: str, before: Callable[[str], bool], head: str = "") -> None:
+        "Leave in a file what is true of the steps before this one; a line that was cut short goes"
+        def good(line: str) -> bool:
+            try: return line.endswith("\n") and before(line)
+            except (ValueError, LookupError, TypeError): return False
+        path = self.folder / name
+        lines = [head, *filter(good, path.read_text(errors="replace").splitlines(True) if path.exists() else [])]
+        if any(lines): write_file(path, lambda part: part.write_text("".join(lines)))
+        else: path.unlink(missing_ok=True)
+
+    def append(self, name: str, line: str) -> None:
+        with writes(self.folder / name), (self.folder / name).open("a", newline="") as file: file.write(line)
+
     def after_step(self, learner: Learner) -> None:
         if not learner.trouble: return self.seen.append(learner.logs | {"grad_norm": learner.grad_norm})
-        with (self.folder / "skipped.jsonl").open("a") as file: file.write(json.dumps({"step": learner.step - 1, "trouble": learner.trouble, "ids": learner.ids}) + "\n")
+        self.append("skipped.jsonl", json.dumps({"step": learner.step - 1, "trouble": learner.trouble, "ids": learner.ids}) + "\n")
 
     def after_epoch(self, learner: Learner) -> None:
         mean = {name: values[0] if len(values) == 1 else sum(values) / len(values) for name in (*PAIRS, "loss", "grad_norm") if (values := [row[name] for row in self.seen if name in row])}
         seconds = time.perf_counter() - self.start
         row = mean | {"epoch": learner.epoch, "step": learner.step, "lr": learner.lr, "scale": learner.loss.scale.item(), "skipped": learner.skipped, "seconds": seconds, "waiting": learner.waited / seconds}
-        with (self.folder / "metrics.csv").open("a", newline="") as file: csv.DictWriter(file, self.columns).writerow({k: v if isinstance(v, int) else f"{v:.6g}" for k, v in row.items()})
+        self.append("metrics.csv", ",".join(str(value) if isinstance(value := row.get(name, ""), (int, str)) else f"{value:.6g}" for name in self.columns) + "\n")
         if self.writer:
             for name in set(row) - {"epoch", "step"}: self.writer.add_scalar(name, row[name], learner.step)
         self.seen, self.start, learner.waited = [], time.perf_counter(), 0.0
@@ -124,6 +130,7 @@ class Checkpoint(Callback):
         self.saved = learner.step
         with torch.no_grad(), self.average.in_place(learner) if self.average else contextlib.nullcontext(): learner.model.save(self.folder)
         if rank(): return
+        if place == self.kept: return # the run was taken up here, and there was nothing left to do
         if place.exists(): shutil.rmtree(place) # damaged, or of an earlier run
         write_folder(place, {"state.pt": lambda path: torch.save(state, path)}, {"step": learner.step, "version": cg3d.__version__})
         for other in place.parent.iterdir():
@@ -161,7 +168,7 @@ class Checkpoint(Callback):
         "Put everything back as it was"
         state = self.newest(learner.device)
         changed = {name: (old, now) for name, now in asdict(learner.config).items() if (old := state["config"].get(name)) != now and name not in FREE_ON_RESUME}
-        if changed: raise InputError("the checkpoint belongs to another run: " + ", ".join(f"{name} was {old!r}, is {now!r}" for name, (old, now) in changed.items()))
+        if changed: raise InputError(f"the checkpoint in {self.folder} belongs to another run: " + ", ".join(f"{name} was {old!r}, is {now!r}" for name, (old, now) in changed.items()))
         if len(state["random"]) != world(): raise InputError(f"the checkpoint is of {len(state['random'])} process(es), here are {world()}; start as many, or begin again with resume=False")
         for part, values in state["model"].items(): put(getattr(learner.model, part), values)
         learner.loss.load_state_dict(state["loss"])
@@ -172,7 +179,7 @@ class Checkpoint(Callback):
         if self.average:
             now = self.average.state(learner)
             self.average.mean = {name: split_like(value, now[name]) for name, value in state["average"].items()}
-        learner.step = self.saved = state["step"]
+        learner.step = state["step"]
         learner.skipped, learner.in_a_row = state["skipped"]
         cpu, cuda = state["random"][rank()]
         torch.set_rng_state(cpu.cpu())
@@ -203,7 +210,7 @@ def standard_callbacks(
     progress: bool = True, # show a bar
 ) -> list[Callback]:
     "Averaging, checkpoints, log and bar, in the order they need"
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    with writes(folder): Path(folder).mkdir(parents=True, exist_ok=True)
     average = Average(config.ema) if config.ema else None
     kept = [Checkpoint(folder, average), *([average] if average else [])]
     return kept if rank() else [*kept, Log(folder, config.tensorboard), *([Progress()] if progress else [])]

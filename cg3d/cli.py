@@ -213,7 +213,7 @@ def search(
     from cg3d.index import ShapeIndex
     opened = ShapeIndex.open(index)
     try: loaded = load_model(model or opened.model, device, clip)
-    except FileNotFoundError as error: raise FileNotFoundError(f"{index} was made with the model {opened.model!r}, which is not here; say where it is with --model") if not model else error
+    except FileNotFoundError as error: raise MissingFile(f"{index} was made with the model {opened.model!r}, which is not here; say where it is with --model") if not model else error
     found = opened.search(asked, k, where or None, loaded)
     rows = found.drop(columns=["row"]).astype({"score": float}).to_dict("records")
     shown = [name for name in ("rank", "score", "id", "name", "category") if name in found]

@@ -25,7 +25,7 @@ from .callbacks import standard_callbacks
 from .backbone import Backbone
 from .config import TrainConfig, encoder_choice
 from .datasets import Published, read_dataset
-from .folders import flush
+from .folders import flush, reserve, writes
 from .learner import Learner, pick_device
 from .losses import PAIRS, TriModalLoss
 from .model import CG3D, CG3DConfig

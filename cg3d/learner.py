@@ -23,7 +23,7 @@ from .config import TrainConfig
 from .errors import Diverged, InputError
 from .losses import PAIRS
 from .parts import in_parts
-from .processes import average_gradients, clip_gradients, most, rank, same_weights, split, total, world
+from .processes import average_gradients, clip_gradients, each, most, rank, same_weights, split, total, world
 
 # %% ../nbs/50_learner.ipynb #c07
 def parameter_groups(
@@ -271,6 +271,7 @@ class Learner:
             floor = self.config.min_lr / max(group["peak"], self.config.min_lr, 1e-30)
             group["lr"] = group["peak"] * (rate(self.step, self.total, round(self.config.warmup * self.total), floor) if group["cosine"] else 1.0)
         if self.trouble:
+            self.ids = [name for names in each(self.ids) for name in names] # whichever process it was
             for value, before in statistics: value.copy_(before)
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         else:
@@ -281,7 +282,8 @@ class Learner:
         self.stop = SIGNALS[most(SIGNALS.index(self.stop), self.device)] # who is told to stop stops all
 
     def call(self, moment: str) -> None:
-        for callback in self.callbacks: getattr(callback, moment)(self)
+        "All callbacks, in their order before something, and backwards after it: what was set up first is there to the end"
+        for callback in self.callbacks if moment.startswith("before") else self.callbacks[::-1]: getattr(callback, moment)(self)
 
     def fit(self) -> "Learner":
         "Train to the end, or until Ctrl-C; after a SIGTERM the run is saved and the process exits"
@@ -308,9 +310,9 @@ class Learner:
 # %% ../nbs/50_learner.ipynb #c24
 @contextlib.contextmanager
 def finish_step_on_interrupt(learner: Learner) -> Iterator[None]:
-    "While inside, the first SIGINT or SIGTERM sets `learner.stop` to its name; an interrupt raised by a callback does the same"
+    "While inside, the first SIGINT and every SIGTERM set `learner.stop` to their name; an interrupt raised by a callback does the same"
     def note(number, frame):
-        if learner.stop: raise KeyboardInterrupt
+        if learner.stop and number == signal.SIGINT: raise KeyboardInterrupt # schedulers and launchers may send SIGTERM twice
         learner.stop = signal.Signals(number).name
         print(f"{learner.stop}: finishing the step, then saving", flush=True)
     try: before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -67,10 +67,10 @@ def harden(
     strength: float, # 0 leaves all wrong answers equal, 1 weighs them by their own softmax
 ) -> Tensor: # (B, G), the logits plus the log of the weights, whose mean over a row's negatives is one
     "Give the hardest wrong answers of each row more weight"
-    score = (strength * logits.detach()).masked_fill(~negative, -torch.inf)
-    count = (negative & logits.isfinite()).sum(-1, keepdim=True).clamp(min=1)
-    log_weight = score - score.logsumexp(-1, keepdim=True) + count.log()
-    return torch.where(negative & logits.isfinite(), logits + log_weight, logits)
+    asked = negative & logits.isfinite()
+    score = (strength * logits.detach()).masked_fill(~asked, -torch.inf)
+    log_weight = score - score.logsumexp(-1, keepdim=True) + asked.sum(-1, keepdim=True).clamp(min=1).log()
+    return torch.where(asked, logits + log_weight, logits)
 
 # %% ../nbs/40_losses.ipynb #c21
 def contrastive(

@@ -64,8 +64,9 @@ def gather(
     idx: Tensor,  # row numbers in [0, N), (B, ...), int64
 ) -> Tensor:  # (B, ..., C)
     "Rows of `points` at `idx`, cloud by cloud."
-    flat = idx.reshape(idx.shape[0], -1, 1).expand(-1, -1, points.shape[-1])
-    return points.gather(1, flat).reshape(*idx.shape, points.shape[-1])
+    B, N = points.shape[:2]
+    first = torch.arange(0, B * N, N, device=idx.device).view(-1, *[1] * (idx.ndim - 1))  # of each cloud, where all lie in one table
+    return F.embedding(idx + first, points.reshape(B * N, -1))
 
 # %% ../nbs/00_points.ipynb #a296220a
 def _rand(shape, generator, device) -> Tensor:  # uniform in [0, 1), drawn where the generator lives, moved to `device`
@@ -136,14 +137,12 @@ def ball_query(
     "The first k reference points within `radius`, padded with the first; the nearest one where the ball is empty (PointNet++, arXiv:1706.02413)."
     if k < 1 or radius <= 0: raise InputError(f"k must be at least 1 and radius above 0, got k={k}, radius={radius}", field="k", value=k)
     N, found = ref.shape[1], []
-    order = torch.arange(N, device=ref.device, dtype=torch.float32)
+    wanted = torch.arange(1, k + 1, device=ref.device, dtype=torch.int32)
     for table in _distance_chunks(query, ref, max_pairs):
-        rank = torch.where(table <= radius**2, order, N)  # N stands for "outside"
-        first = _smallest(rank, min(k, N))[0].long()
-        nearest = table.argmin(2, keepdim=True)
-        fill = torch.where(first[..., :1] < N, first[..., :1], nearest)
-        found.append(F.pad(torch.where(first < N, first, fill), (0, k - first.shape[2]), value=-1))
-        if k > N: found[-1] = torch.where(found[-1] < 0, fill, found[-1])
+        hits = (table <= radius**2).cumsum(2, dtype=torch.int32)  # how many up to each place
+        first = torch.searchsorted(hits, wanted.expand(*hits.shape[:2], k).contiguous())  # place of the 1st, 2nd, ... hit; N where there are fewer
+        fill = torch.where(first[..., :1] < N, first[..., :1], table.argmin(2, keepdim=True))
+        found.append(torch.where(first < N, first, fill))
     return torch.cat(found, 1)
 
 # %% ../nbs/00_points.ipynb #f8495f5c

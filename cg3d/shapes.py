@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TURN', 'UP_BY_SUFFIX', 'SCALE', 'NUMBERS', 'Shape', 'pick', 'read_shape', 'Packed', 'Collection', 'read_collection',
-           'write_collection', 'data_dir', 'furniture']
+           'shape_words', 'write_collection', 'data_dir', 'furniture']
 
 # %% ../nbs/02_shapes.ipynb #cell002
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .errors import InputError, MissingFile
+from .errors import InputError, MissingFile, NoSuchRow
 from .files import read_points, unit_colours
 from .folders import write_file
 from .guard import LIMITS, check_count, open_npz, reads
@@ -174,7 +174,7 @@ class Collection:
 
     def __getitem__(self, i: int) -> Shape:
         "Shape of one row."
-        if not -len(self) <= i < len(self): raise IndexError(f"row {i} of a collection of {len(self)}")
+        if not -len(self) <= i < len(self): raise NoSuchRow(f"row {i} of a collection of {len(self)}; rows are counted from 0", value=i)
         row, at, arrays = self.table.iloc[i], self.rows[i], self.packed.arrays
         texts = {key: str(row[key]) for key in ("name", "category", "caption", "query", "id", "source", "licence", "creator") if key in row}
         size = tuple(float(row[key]) for key in ("width", "height", "depth")) if "width" in row and row["width"] > 0 else None
@@ -242,7 +242,7 @@ def read_collection(
     return Collection(table, Packed(geometry, len(table)), np.arange(len(table)), stem.name)
 
 # %% ../nbs/02_shapes.ipynb #cell019
-def _words(shape: Shape) -> dict:
+def shape_words(shape: Shape) -> dict:
     "The table row of a shape."
     row = {key: getattr(shape, key) for key in ("name", "category", "source", "id", "licence", "creator")}
     row |= {"tags": ", ".join(shape.tags)} | dict(zip(NUMBERS, shape.size or (None,) * 3))
@@ -261,7 +261,7 @@ def write_collection(
         packed["points"].append(np.rint(cloud[:, :3] * SCALE).astype(np.int16))
         packed["colors"].append(np.rint(cloud[:, 3:] * 255).astype(np.uint8))
         packed["has_color"].append(shape.colors is not None)
-        rows.append(_words(shape))
+        rows.append(shape_words(shape))
     if not rows: raise InputError(f"{path}: no shapes to write", file=path)
     table = pd.DataFrame(rows)
     if columns is not None:

@@ -219,7 +219,7 @@ def hub_error(error: Exception, repo: str) -> Exception:
     if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)) and not isinstance(error, errors.LocalEntryNotFoundError):
         return FileNotFoundError(f"{repo}: no such repository on {constants.ENDPOINT}, or it is private; look at its name, or log in with `hf auth login`")
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in (401, 403): return PermissionError(f"{repo}: {constants.ENDPOINT} refuses ({status}); log in with `hf auth login`, with a token that may do this")
+    if status in (401, 403): return InputError(f"{repo}: {constants.ENDPOINT} refuses ({status}); log in with `hf auth login`, with a token that may do this")
     offline = "HF_HUB_OFFLINE is set: unset it" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached: look at your connection, or set HF_ENDPOINT to a mirror"
     return ConnectionError(f"{repo}: {offline}; or use a local folder ({kind})")
 

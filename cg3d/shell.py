@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from . import errors
-from .errors import InputError, PathTaken
+from .errors import CannotWrite, InputError, PathTaken
 
 # %% ../nbs/77_shell.ipynb #c06
 USER_ERRORS = (errors.Cg3dError, ValueError, TypeError, OSError, ImportError, MemoryError, KeyboardInterrupt)
@@ -33,7 +33,7 @@ def one_line(error: BaseException) -> str:
 def exit_code(error: BaseException) -> int: # 2: the user can mend it, 1: we must
     "Whose fault it is."
     kind = getattr(error, "kind", None) # of a JobError: the exception in the notebook
-    if kind: return 2 if kind in {*errors.__all__, "ValueError", "TypeError", "PermissionError", "OSError"} else 1
+    if kind: return 2 if kind in {*errors.__all__, "ValueError", "TypeError", "PermissionError", "OSError", "KeyboardInterrupt", "SystemExit"} else 1
     return 2 if isinstance(error, USER_ERRORS) else 1
 
 def complain(message: str): typer.echo(f"error: {message}", err=True)
@@ -113,10 +113,10 @@ def fresh(
     path = Path(path)
     if path.exists() and not overwrite and not go_on: raise PathTaken(f"{path} exists; choose another name, or pass --overwrite", file=path)
     folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir(): raise NotADirectoryError(f"{path} cannot be written: {folder} is a file, not a folder; choose another place")
+    if not folder.is_dir(): raise CannotWrite(f"{path} cannot be written: {folder} is a file, not a folder; choose another place", file=path)
     import tempfile
     try: tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error: raise PermissionError(f"{path} cannot be written: {error.strerror} in {folder}; choose another place") from error
+    except OSError as error: raise CannotWrite(f"{path} cannot be written: {error.strerror} in {folder}; choose another place", file=path) from error
     return path
 
 def problems_end(problems: Sequence[tuple[str, str]], total: int, where: str, skip: bool):

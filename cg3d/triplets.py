@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .datasets import Pictures, Published
-from .errors import InputError
+from .datasets import Published
+from .errors import CannotWrite, InputError, NoSuchRow
+from .folders import reserve, writes
 from .points import MISSING_COLOUR, farthest_point_sample, gather
 from .render import ViewSettings, random_views, render_points
 from .shapes import Collection
@@ -198,10 +199,12 @@ class ViewCache:
     def _render(self, points: Tensor) -> np.ndarray:
         "Render all views into a fresh folder and move it to its place."
         from tqdm.auto import tqdm
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=self.key + ".", dir=self.path.parent))
+        with writes(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = Path(tempfile.mkdtemp(prefix=self.key + ".", dir=self.path.parent))
         try:
             array = np.lib.format.open_memmap(fresh / "views.npy", mode="w+", dtype=np.uint8, shape=self.shape)
+            reserve(fresh / "views.npy", array.offset + array.nbytes)
             def work(rows: slice) -> list[int]:
                 views = render_points(points[rows].float(), self.azimuth[rows], self.elevation[rows], settings=self.settings)
                 array[rows] = (views * 255).round().byte().numpy()
@@ -217,7 +220,7 @@ class ViewCache:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
         array = self._read()
-        if array is None: raise OSError(f"views written to {self.path} cannot be read back; is the disk full?")
+        if array is None: raise CannotWrite(f"views written to {self.path} cannot be read back; see whether the disk is full or broken", file=self.path)
         return array
 
     def _place(self, fresh: Path) -> None:
@@ -228,7 +231,7 @@ class ViewCache:
                 if not self.path.exists(): raise
             if self._read() is not None: return shutil.rmtree(fresh)
             shutil.rmtree(self.path, ignore_errors=True)
-        raise OSError(f"cannot replace the damaged view cache {self.path}; remove it by hand")
+        raise CannotWrite(f"cannot replace the damaged view cache {self.path}; remove it by hand", file=self.path)
 
     def __len__(self) -> int: return len(self.array)
 
@@ -299,7 +302,7 @@ class Triplets(Dataset):
         self.fixed = None if train else self._fixed_points(sample)
         settings = settings if size is None else replace(settings, size=size)
         if not views: self.cache = None
-        elif published and self.collection.has_pictures: self.cache = Pictures(self.collection, views, settings.size)
+        elif published and self.collection.has_pictures: self.cache = self.collection.views(views, settings.size)
         else: self.cache = ViewCache(self.clouds, views, settings, seed, elevation, folder, workers, progress)
 
     def _fixed_points(self, sample: str) -> Tensor:
@@ -345,7 +348,7 @@ class Triplets(Dataset):
     ) -> dict[str, Any]:                # points (R, n, 6), images (R, 3, H, W), texts, name, id; row and view (R,) say what was drawn
         "A whole batch at once."
         rows = np.asarray(rows, dtype=np.int64).reshape(-1)
-        if len(rows) == 0 or rows.min() < 0 or rows.max() >= len(self): raise IndexError(f"rows must be in 0..{len(self) - 1} and not empty, got {rows.tolist()[:8]}")
+        if len(rows) == 0 or rows.min() < 0 or rows.max() >= len(self): raise NoSuchRow(f"rows must be in 0..{len(self) - 1} and not empty, got {rows.tolist()[:8]}")
         batch = dict(points=self.points_of(rows, epoch), texts=self.texts_of(rows, epoch),
                      name=[self.names[row] for row in rows], id=[self.ids[row] for row in rows], row=torch.from_numpy(rows.copy()))
         if self.cache is None: return batch

@@ -1,4 +1,5 @@
 """Several processes are one: gradients, losses of every kind, checkpoints; large batches in parts."""
+import contextlib
 import os
 import shutil
 import signal
@@ -71,6 +72,15 @@ def test_every_kind_of_loss_is_that_of_the_whole_batch(tmp_path):
     torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
 
 
+def processes_with(word):
+    "Numbers of the processes in whose command line the word stands"
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(word).encode() in file.read_bytes().split(b"\0"): found.append(int(file.parent.name))
+    return found
+
+
 def test_two_processes_killed_together_end_bit_identical(tmp_path):
     settings = {"epochs": 3, "limit": 64, "batch_size": 8, "views": 1, "view_size": 32, "points": 256, "encoder": "pointnet", "device": "cpu"}
     command = [*TWO, "-m", "cg3d.train", *(word for name, value in settings.items() for word in ("-p", name, str(value)))]
@@ -78,9 +88,12 @@ def test_two_processes_killed_together_end_bit_identical(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     killed = subprocess.Popen([*command, "-p", "out", tmp_path / "killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, start_new_session=True)
     while not list(tmp_path.glob("killed/checkpoints/[0-9]*/manifest.json")) and killed.poll() is None: time.sleep(0.02)
+    assert killed.poll() is None, "it came to its end before it was killed"
     os.killpg(killed.pid, signal.SIGKILL), killed.wait()
-    subprocess.run(["pkill", "-9", "-f", str(tmp_path / "killed")]) # torchrun gives its workers sessions of their own
-    time.sleep(1)
+    while left := processes_with(tmp_path / "killed"): # torchrun gives its workers sessions of their own
+        for number in left:
+            with contextlib.suppress(ProcessLookupError): os.kill(number, signal.SIGKILL)
+        time.sleep(0.05)
     alone = subprocess.run([*ONE, "-m", "cg3d.train", *command[len(TWO) + 2:], "-p", "out", tmp_path / "killed", "-p", "resume", "true"], capture_output=True, text=True, env=environment)
     assert "the checkpoint is of 2 process(es), here are 1" in alone.stderr
     start(command, "-p", "out", tmp_path / "killed", "-p", "resume", "true")

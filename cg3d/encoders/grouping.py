@@ -91,17 +91,7 @@ class RuledGrouper(LocalGrouper):
         super().__init__(channels, grouping.groups, grouping.neighbours)
         self.grouping = grouping
 
-    def forward(
-        self,
-        xyz: Tensor,  # (B, N, 3)
-        features: Tensor,  # (B, N, C)
-    ) -> tuple[Tensor, Tensor]:  # anchors (B, S, 3), groups (B, S, k, 2C)
-        centre, around = self.grouping(xyz)
-        at_anchor = gather(features, centre).unsqueeze(2)
-        offset = gather(features, around) - at_anchor
-        spread = offset.flatten(1).std(1).view(-1, 1, 1, 1)
-        groups = self.affine_alpha * (offset / (spread + 1e-5)) + self.affine_beta
-        return gather(xyz, centre), torch.cat([groups, at_anchor.expand_as(groups)], dim=-1)
+    def places(self, xyz: Tensor) -> tuple[Tensor, Tensor]: return self.grouping(xyz)
 
 
 class RuledPointMLP(PointMLP):

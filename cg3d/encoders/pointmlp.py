@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .registry import EncoderConfig, PointEncoder, WarmBatchNorm1d, neighbourhoods, register_encoder
+from .registry import EncoderConfig, PointEncoder, WarmBatchNorm1d, neighbourhoods, product, register_encoder
 from ..errors import InputError
 from ..points import gather
 
@@ -42,7 +42,7 @@ class PointMLPConfig(EncoderConfig):
 
 # %% ../../nbs/22_pointmlp.ipynb #c9
 class LocalGrouper(nn.Module):
-    "Groups around sampled anchors, normalised by the geometric affine module."
+    "Groups around sampled anchors, normalised by the geometric affine module, and the first product on their members."
 
     def __init__(self, channels: int, anchors: int, neighbours: int):
         super().__init__()
@@ -50,17 +50,28 @@ class LocalGrouper(nn.Module):
         self.affine_alpha = nn.Parameter(torch.ones(1, 1, 1, channels))
         self.affine_beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
 
+    def places(
+        self,
+        xyz: Tensor,  # (B, N, 3)
+    ) -> tuple[Tensor, Tensor]:  # index of the anchors (B, S), of their neighbours (B, S, k)
+        "The rule by which groups are cut."
+        return neighbourhoods(xyz, self.anchors, self.neighbours)
+
     def forward(
         self,
         xyz: Tensor,  # (B, N, 3)
         features: Tensor,  # (B, N, C)
-    ) -> tuple[Tensor, Tensor]:  # anchors (B, S, 3), groups (B, S, k, 2C)
-        centre, around = neighbourhoods(xyz, self.anchors, self.neighbours)
-        at_anchor = gather(features, centre).unsqueeze(2)
-        offset = gather(features, around) - at_anchor
-        spread = offset.float().flatten(1).std(1).view(-1, 1, 1, 1)
-        groups = self.affine_alpha * (offset / (spread + 1e-5)) + self.affine_beta
-        return gather(xyz, centre), torch.cat([groups, at_anchor.expand_as(groups)], dim=-1)
+        weight: Tensor,  # of the layer that reads the groups, (D, 2C) or (D, 2C, 1)
+    ) -> tuple[Tensor, Tensor]:  # anchors (B, S, 3), what that layer's product makes of each member, (B, S, k, D)
+        "Geometric affine module and product in one, the product taken where each point is met once."
+        centre, around = self.places(xyz)
+        at_anchor = gather(features, centre)
+        spread = (gather(features, around) - at_anchor.unsqueeze(2)).float().flatten(1).std(1).view(-1, 1, 1)
+        for_member, for_anchor = weight.flatten(1).chunk(2, dim=1)
+        scaled = (features - features.mean(1, keepdim=True)) / (spread + 1e-5)  # the mean drops out again: digits are kept
+        each = product(scaled, for_member * self.affine_alpha.flatten())
+        rest = product(at_anchor, for_anchor, for_member @ self.affine_beta.flatten()) - gather(each, centre)
+        return gather(xyz, centre), gather(each, around).add_(rest.unsqueeze(2))
 
 # %% ../../nbs/22_pointmlp.ipynb #c14
 class PointLayer(nn.Module):
@@ -71,7 +82,7 @@ class PointLayer(nn.Module):
         self.net = _layer(in_channels, out_channels)
 
     def forward(self, rows: Tensor) -> Tensor:
-        return F.relu(_run(self.net, rows))
+        return _run(self.net, rows).relu_()
 
 
 class Residual(nn.Module):
@@ -83,7 +94,7 @@ class Residual(nn.Module):
         self.net1, self.net2 = _layer(channels, hidden), _layer(hidden, channels)
 
     def forward(self, rows: Tensor) -> Tensor:
-        return F.relu(_run(self.net2, F.relu(_run(self.net1, rows))) + rows)
+        return _run(self.net2, _run(self.net1, rows).relu_()).add_(rows).relu_()
 
 
 def _layer(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -93,7 +104,7 @@ def _layer(in_channels: int, out_channels: int) -> nn.Sequential:
 
 def _run(layer: nn.Sequential, rows: Tensor) -> Tensor:
     "That convolution on rows: a matrix product, then batch norm."
-    return layer[1](F.linear(rows, layer[0].weight.squeeze(-1)))
+    return layer[1](product(rows, layer[0].weight))
 
 # %% ../../nbs/22_pointmlp.ipynb #c17
 class PreExtraction(nn.Module):
@@ -106,10 +117,10 @@ class PreExtraction(nn.Module):
 
     def forward(
         self,
-        groups: Tensor,  # (B, S, k, in_channels)
+        first: Tensor,  # what the product of `transfer` made of each member, (B, S, k, channels)
     ) -> Tensor:  # (B, S, channels)
-        rows = self.operation(self.transfer(groups.flatten(0, 2)))
-        return rows.unflatten(0, groups.shape[:3]).amax(2)
+        rows = self.operation(self.transfer.net[1](first.flatten(0, 2)).relu_())
+        return rows.unflatten(0, first.shape[:3]).amax(2)
 
 
 class PosExtraction(nn.Module):
@@ -155,14 +166,14 @@ class PointMLP(PointEncoder):
         xyz = points[..., :3]
         x = self.embedding(points.flatten(0, 1)).unflatten(0, points.shape[:2])
         for grouper, pre, pos in zip(self.local_grouper_list, self.pre_blocks_list, self.pos_blocks_list):
-            xyz, groups = grouper(xyz, x)
-            x = pos(pre(groups))
+            xyz, first = grouper(xyz, x, pre.transfer.net[0].weight)
+            x = pos(pre(first))
         return x, xyz
 
     def encode(self, points: Tensor) -> Tensor:
         "(B, N, in_channels) to (B, dim)."
         x, _ = self.features(points)
-        return F.linear(x.amax(1), self.projection.weight.squeeze(-1), self.projection.bias)
+        return product(x.amax(1), self.projection.weight, self.projection.bias)
 
 # %% ../../nbs/22_pointmlp.ipynb #c21
 register_encoder("pointmlp", PointMLP, PointMLPConfig())

@@ -1,0 +1,149 @@
+"""The 3D encoders against their published layout: forward and backward at published sizes, the floor, growth with points and clouds.
+
+    python benchmarks/encoders.py [--quick] [--out rows.json]
+
+Batch 16, 1,024 points, xyz and rgb, training mode, float32, two threads. On a machine with a CUDA device the same command also measures
+bfloat16 with `torch.compile` against float32 there (promised for an H100: 3 times)."""
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent))
+from published_encoders import published
+
+from cg3d.encoders.registry import create_encoder, neighbourhoods
+from cg3d.timing import Compared, Row, compare, peaks, report, row, seconds
+
+PART, NAMES, THREADS = "encoders", ("pointmlp", "point_transformer"), 2
+
+
+def cloud(batch: int, points: int, device: str = "cpu") -> torch.Tensor: # (B, N, 6)
+    "Points in a shell, and their colours"
+    draw = torch.Generator().manual_seed(batch * points)
+    direction = torch.nn.functional.normalize(torch.randn(batch, points, 3, generator=draw), dim=-1)
+    return torch.cat([direction * (0.5 + 0.5 * torch.rand(batch, points, 1, generator=draw)), torch.rand(batch, points, 3, generator=draw)], -1).to(device)
+
+def step(encoder, points: torch.Tensor) -> None:
+    "Forward and backward"
+    encoder.zero_grad(set_to_none=True)
+    encoder(points).float().square().sum().backward()
+
+def pair(name: str, device: str = "cpu") -> tuple[torch.nn.Module, torch.nn.Module]:
+    "Ours and the published layout, one set of weights"
+    torch.manual_seed(0)
+    ours = create_encoder(name).to(device)
+    return ours, published(name, ours)
+
+def same(ours, other, points: torch.Tensor) -> float: # largest difference; an error beyond 1e-4
+    "The same answer?"
+    with torch.no_grad(): difference = (ours.eval()(points) - other.eval()(points)).abs().max().item()
+    assert difference < 1e-4, difference
+    ours.train(), other.train()
+    return difference
+
+def processor(run) -> float:
+    "Seconds of processor time of one call, on one thread: what other work on the machine does not add to"
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+def against_published(name: str, batch: int, points: int, rounds: int, ceiling: tuple[float, float]) -> list[Row]:
+    ours, other = pair(name)
+    xyz = cloud(batch, points)
+    difference, size = same(ours, other, xyz[:4]), f"{name}, forward + backward, {batch} x {points:,} points"
+    rows = [row(PART, size, compare(lambda: step(ours, xyz), lambda: step(other, xyz), rounds), "the published layout", at_least=1.5, per=batch, note=f"ms a cloud; {THREADS} threads; outputs differ by {difference:.0e}")]
+    torch.set_num_threads(1)
+    times = Compared(*zip(*[(processor(lambda: step(ours, xyz)), processor(lambda: step(other, xyz))) for _ in range(rounds)]))
+    rows.append(row(PART, size + ", processor time", times, "the published layout", per=batch, note="ms a cloud; one thread, time of other programs not counted"))
+    work = operations(ours, xyz)
+    floor = work / ceiling[0] + moved(ours, xyz) / ceiling[1]
+    rows.append(Row(PART, size + ", share of the floor", floor / statistics.median(times.ours), "of 1", note=f"floor {floor:.2f} s on one thread: {work / 1e9:,.0f} G operations at {ceiling[0] / 1e9:.0f} G/s, "
+        f"{moved(ours, xyz) / 2**30:.1f} GiB kept for the way back, written and read once, at {ceiling[1] / 1e9:.1f} GB/s; the published layout needs {operations(other, xyz) / 1e9:,.0f} G operations"))
+    torch.set_num_threads(THREADS)
+    return rows
+
+def operations(encoder, points: torch.Tensor) -> int:
+    "Floating point operations of products, forward and backward"
+    with FlopCounterMode(display=False) as counted: step(encoder, points)
+    return counted.get_total_flops()
+
+def moved(encoder, points: torch.Tensor) -> int: # bytes
+    "What the backward pass needs of the forward pass, once out and once in"
+    kept = {}
+    def keep(tensor): kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes(); return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor): encoder(points)
+    return 2 * sum(kept.values())
+
+def other_ways(name: str, batch: int, points: int, rounds: int) -> list[Row]:
+    "bfloat16 and torch.compile on the CPU"
+    ours, _ = pair(name)
+    xyz, compiled = cloud(batch, points), torch.compile(ours)
+    def half():
+        with torch.autocast("cpu", torch.bfloat16): step(ours, xyz)
+    return [row(PART, f"{name}, forward + backward, {batch} x {points:,} points, {what}", compare(run, lambda: step(ours, xyz), rounds, 2), "float32, eager", per=batch, note=f"ms a cloud; {THREADS} threads")
+            for what, run in (("bfloat16 autocast", half), ("torch.compile", lambda: step(compiled, xyz)))]
+
+def neighbours_share(batch: int, points: int) -> Row:
+    "What sampling and searching take of a step"
+    ours, _ = pair("pointmlp")
+    xyz, spent = cloud(batch, points), 0.0
+    places = xyz[..., :3]
+    for grouper in ours.local_grouper_list:
+        spent += seconds(lambda: neighbourhoods(places, grouper.anchors, grouper.neighbours))
+        places = places[:, :grouper.anchors]
+    return Row(PART, f"pointmlp, {batch} x {points:,} points, share of sampling and neighbours in a step", spent / seconds(lambda: step(ours, xyz)), "of 1")
+
+def peak(name: str, batch: int, points: int) -> float: # MiB
+    "Peak memory of a child process that takes two steps"
+    code = (f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import torch; torch.set_num_threads({THREADS})\n"
+            "from encoders import cloud, create_encoder, step; from cg3d.timing import peak_memory\n"
+            f"encoder, points = create_encoder({name!r}), cloud({batch}, {points})\n"
+            "step(encoder, points); step(encoder, points); print(peak_memory())")
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+def growth(name: str) -> list[Row]:
+    "Time and memory against points and against clouds"
+    rows = []
+    for along, sizes in (("points", [(2, points) for points in (512, 1024, 2048, 4096, 8192)]), ("clouds", [(batch, 1024) for batch in (1, 2, 4, 8, 16, 32)])):
+        for batch, points in sizes:
+            ours, xyz = create_encoder(name), cloud(batch, points)
+            step(ours, xyz)
+            rows.append(Row(PART, f"{name}, growth with {along}: {batch} x {points:,}", 1e3 * min(seconds(lambda: step(ours, xyz)) for _ in range(2)), "ms", note=f"peak {peak(name, batch, points):,.0f} MiB"))
+    return rows
+
+def on_cuda(name: str, rounds: int) -> list[Row]:
+    "float32 against bfloat16 autocast with torch.compile, and against the published layout"
+    ours, other = pair(name, "cuda")
+    xyz, compiled, wait = cloud(64, 1024, "cuda"), torch.compile(ours), torch.cuda.synchronize
+    def half():
+        with torch.autocast("cuda", torch.bfloat16): step(compiled, xyz)
+    size, card = f"{name}, forward + backward, 64 x 1,024 points", torch.cuda.get_device_name()
+    rows = [row(PART, f"{size}, bfloat16 + torch.compile", compare(half, lambda: step(ours, xyz), rounds, 3, wait), "float32, eager", at_least=3, per=64, note=f"ms a cloud; {card}"),
+            row(PART, size, compare(lambda: step(ours, xyz), lambda: step(other, xyz), rounds, 2, wait), "the published layout", per=64, note=f"ms a cloud; {card}")]
+    return rows + [Row(PART, f"{size}, peak memory", torch.cuda.max_memory_allocated() / 2**20, "MiB", note=card)]
+
+def measure(quick: bool) -> list[Row]:
+    "Encoders against their published layout, against the floor, and as they grow."
+    torch.set_num_threads(1)
+    ceiling = peaks_of_convolution()
+    torch.set_num_threads(THREADS)
+    rows = [each for name in NAMES for each in against_published(name, *((2, 1024, 1) if quick else (16, 1024, 5)), ceiling)]
+    if not quick:
+        rows.append(neighbours_share(16, 1024))
+        rows += [each for name in NAMES for part in (lambda name: other_ways(name, 4, 1024, 3), growth) for each in part(name)]
+    if torch.cuda.is_available(): rows += [each for name in NAMES for each in on_cuda(name, 3 if quick else 7)]
+    return rows
+
+def peaks_of_convolution() -> tuple[float, float]: # operations a second, bytes a second
+    "What this processor does at best: the faster of its two libraries for products, and a copy"
+    product, copy = peaks()
+    images, weight = torch.randn(16, 1024, 1, 256).to(memory_format=torch.channels_last), torch.randn(1024, 1024, 1, 1)
+    return max(product, 2 * 16 * 256 * 1024**2 / min(seconds(lambda: torch.conv2d(images, weight)) for _ in range(5))), copy
+
+
+if __name__ == "__main__": report(measure)
