@@ -114,11 +114,12 @@ def remembered(
     from tqdm.auto import tqdm
     key = hashlib.blake2b(json.dumps([*depends, shape]).encode(), digest_size=16).hexdigest()
     path = Path(folder if folder is not None else cache_dir()) / "features" / f"{key}.npy"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writes(path): path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         part, mark = path.with_suffix(f".{os.getpid()}.part"), path.with_suffix(".json")
         _adopt(part, mark)
         array = np.lib.format.open_memmap(part, mode="r+" if part.is_file() else "w+", dtype=dtype, shape=shape)
+        reserve(part, array.offset + array.nbytes)
         done = json.loads(mark.read_text())["done"] if mark.is_file() and part.is_file() else 0
         for first in tqdm(range(done, shape[0], step), desc=what, disable=not progress):
             last = min(first + step, shape[0])
