@@ -58,7 +58,7 @@ def learner_of(config: TrainConfig, folder: str, model=None) -> Learner:
 def frozen(quick: bool, folder: str) -> list[Row]:
     """A step with cached features: against one that asks ViT-B/32 again, and against the 3D encoder alone."""
     rows, size, rounds = [], 8 if quick else 32, 1 if quick else 3
-    shared = dict(clip="ViT-B-32", clip_weights="random", batch_size=size, limit=size, epochs=100, view_size=224, **FROZEN)
+    shared = dict(clip="ViT-B-32", clip_weights="random", batch_size=size, limit=size, epochs=16, view_size=224, **FROZEN)
     model = make_model(TrainConfig(**shared))
     for encoder in ("pointnet", "point_transformer_small", "point_transformer"):
         model.encoder = create_encoder(encoder, dim=model.backbone.dim, in_channels=6)
