@@ -155,6 +155,7 @@ def embed(
     path = fresh(out, overwrite, go_on=Path(f"{out}.part").is_dir())
     from cg3d.bulk import embed_source, open_source
     from cg3d.share import check_suffix
+    from cg3d.timing import peak_memory
     check_suffix(path)
     source = open_source(shapes, up or None, max_mb, layout or None)
     loaded = load_model(model, device, clip)
@@ -163,7 +164,7 @@ def embed(
     done, dim = report.embeddings.matrix.shape
     answer({"out": str(path), "shapes": done, "dim": dim, "resumed": report.resumed, "model": name, "fingerprint": report.embeddings.fingerprint,
             "problems": [{"shape": name, "problem": text} for name, text in report.problems]}, as_json,
-           lambda: note(f"{done} shapes, {dim} numbers each, in {path}" + (f"; {report.resumed} of them from the interrupted run" if report.resumed else "")))
+           lambda: note(f"{done} shapes, {dim} numbers each, in {path}" + (f"; {report.resumed} of them from the interrupted run" if report.resumed else "") + f"; peak memory {peak_memory():.0f} MiB"))
     problems_end(report.problems, len(source), f"in {path}", skip_broken)
 
 # %% ../nbs/80_cli.ipynb #c14
@@ -178,9 +179,10 @@ def index(
     path = fresh(out, overwrite)
     from cg3d.index import ShapeIndex
     from cg3d.share import read_embeddings
+    from cg3d.timing import peak_memory
     read = read_embeddings(embeddings)
     ShapeIndex.from_embeddings(read.matrix, read.table, read.fingerprint, read.model, kind=kind).save(path)
-    answer({"out": str(path), "shapes": len(read), "dim": read.matrix.shape[1], "model": read.model}, as_json, lambda: note(f"{len(read)} shapes in {path}"))
+    answer({"out": str(path), "shapes": len(read), "dim": read.matrix.shape[1], "model": read.model}, as_json, lambda: note(f"{len(read)} shapes in {path}; peak memory {peak_memory():.0f} MiB"))
 
 # %% ../nbs/80_cli.ipynb #c15
 def as_query(text: str, image: str, shape: str, up: str): # a text, a PIL picture, or a Shape

@@ -25,6 +25,7 @@ from .learner import pick_device
 from .model import load
 from .processes import rank, world
 from .runjob import job_values
+from .timing import peak_memory
 from .zeroshot import labelled, method_scores, results
 
 # %% ../nbs/82_train.ipynb #5e348fb8
@@ -84,6 +85,6 @@ def main(
     asked = parser.parse_args(words)
     try: table = pretrain(settings(TrainConfig, job_values("train", asked.f, asked.p)))
     except Cg3dError as error: sys.exit(f"error: {error}")
-    if table is not None: print(table.to_string(index=False))
+    if table is not None: print(f"{table.to_string(index=False)}\npeak memory {peak_memory() / 1024:.2f} GiB")
 
 if __name__ == "__main__" and "__file__" in globals(): main() # in a notebook there is no file

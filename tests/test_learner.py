@@ -116,13 +116,17 @@ def test_first_step_of_a_schedule(config, backbone, schedule, expected):
     assert moved == [expected, {"encoder", "prompts"} if schedule == "joint" else {"prompts"}]
 
 
-def test_frozen_schedule_asks_the_tower_once(config, backbone, monkeypatch, tmp_path):
-    asked, encode = [], backbone.encode_image
-    monkeypatch.setattr(type(backbone), "encode_image", lambda self, images: asked.append(len(images)) or encode(images))
+def test_frozen_schedule_asks_the_towers_once(config, backbone, monkeypatch, tmp_path):
+    seen, said, see, say = [], [], backbone.encode_image, backbone.encode_text
+    monkeypatch.setattr(type(backbone), "encode_image", lambda self, images: seen.append(len(images)) or see(images))
+    monkeypatch.setattr(type(backbone), "encode_text", lambda self, texts: said.extend(texts) or say(texts))
     monkeypatch.setenv("CG3D_CACHE", str(tmp_path))
-    run = learner(replace(config, schedule="frozen", visual_prompt="none", epochs=4), backbone)
-    run.fit()
-    assert sum(asked) == 16  # eight shapes, two views each, although there are four epochs
+    for _ in range(2):  # the second run finds the answers of the first
+        run = learner(replace(config, schedule="frozen", visual_prompt="none", epochs=4), backbone)
+        drawn = {text for epoch in range(4) for text in run.data.texts_of(range(len(run.data)), epoch)}
+        run.fit()
+        assert sum(seen) == 16  # eight shapes, two views each, although there are four epochs
+        assert sorted(said) == sorted(drawn)
 
 
 @pytest.mark.parametrize("visual", ["none", "deep"])
