@@ -241,14 +241,19 @@ def search_shards(
     k: int = 10, # answers a query
     where: str | None = None, # only rows that match
     model: CG3D | None = None, # needed unless one is bound to the first, or embeddings are asked
-) -> pd.DataFrame: # as of `ShapeIndex.search`, with a column `shard`
+) -> pd.DataFrame: # as of `ShapeIndex.search`, after a column `shard`
     "The nearest rows over several indexes"
     if not len(shards): raise InputError("there is nothing to search: no shards")
     other = next((shard for shard in shards if (shard.fingerprint, shard.dim) != (shards[0].fingerprint, shards[0].dim)), None)
     if other is not None: raise InputError(f"these shards were built by different models: fingerprints {shards[0].fingerprint[:12]} and {other.fingerprint[:12]}")
     labels, vectors = shards[0]._query(queries, k, model)
-    parts = [shard._answers(range(len(labels)), *shard._near(vectors, k, where)) for shard in shards if len(shard)]
-    if not parts: raise InputError("the shards are empty: there is nothing to find")
-    found = pd.concat([part.assign(shard=number) for number, part in enumerate(parts)])
-    found = found.sort_values(["query", "score"], ascending=[True, False], kind="stable", ignore_index=True).groupby("query").head(k).reset_index(drop=True)
-    return found.assign(rank=found.groupby("query").cumcount() + 1, query=[labels[number] for number in found["query"]])
+    near = [shard._near(vectors, k, where) for shard in shards]
+    scores = [np.concatenate([found[query][0] for found, _ in near]) for query in range(len(labels))]
+    least = [np.sort(score)[-k] if len(score) > k else -np.inf for score in scores] # of the k best, a query
+    kept = [[(score[score >= last], row[score >= last]) for (score, row), last in zip(found, least)] for found, _ in near]
+    parts = {number: shards[number]._answers(range(len(labels)), found, near[number][1]) for number, found in enumerate(kept) if number == 0 or any(len(row) for _, row in found)} # words are fetched for them alone
+    found = pd.concat(parts, names=["shard"]).reset_index("shard")
+    found = found.iloc[np.lexsort((found["row"], found["shard"], -found["score"], found["query"].to_numpy(int)))]
+    rank = found.groupby("query").cumcount().to_numpy() + 1
+    found = found.assign(rank=rank)[rank <= k].reset_index(drop=True)
+    return found.assign(query=[labels[number] for number in found["query"]])
