@@ -54,14 +54,16 @@ def exact_top(
     vectors: np.ndarray, # unit rows, (N, D), may be memory-mapped
     queries: np.ndarray, # unit rows, (Q, D)
     k: int, # answers a query
-    rows: np.ndarray | None = None, # only these rows, (M,)
+    rows: np.ndarray | None = None, # only these rows, ascending, (M,)
 ) -> list[tuple[np.ndarray, np.ndarray]]: # a query: scores and rows, best first
     "Cosine of every row, chunk by chunk"
     best = [(np.empty(0, np.float32), np.empty(0, np.int64))] * len(queries)
     for first in range(0, len(vectors) if rows is None else len(rows), CHUNK):
-        part = vectors[first : first + CHUNK] if rows is None else vectors[rows[first : first + CHUNK]]
-        at = np.arange(first, first + len(part)) if rows is None else rows[first : first + CHUNK]
+        at = np.arange(first, min(first + CHUNK, len(vectors))) if rows is None else rows[first : first + CHUNK]
+        whole = at[-1] - at[0] < 4 * len(at) # reading past a few rows is quicker than copying the others out
+        part = vectors[at[0] : at[-1] + 1] if whole else vectors[at]
         scores = (part @ queries[0])[None] if len(queries) == 1 else queries @ part.T
+        if whole: scores = scores[:, at - at[0]]
         best = [best_rows(np.concatenate([old, new]), np.concatenate([seen, at]), k) for (old, seen), new in zip(best, scores)]
     return best
 

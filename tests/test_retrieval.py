@@ -108,6 +108,16 @@ def test_words_answer_a_shape(model, collection):
     with pytest.raises(ValueError, match="of='captoin' is neither.*caption"): ShapeIndex.build(model, collection, of="captoin")
 
 
+def test_texts_of_a_table_are_in_one_piece(tmp_path):
+    """Rows taken out of a pyarrow array of several pieces cost a copy of the whole column."""
+    def pieces(index): return [getattr(index.table[name].array, "_pa_array", None) for name in ("id", "name", "category")]
+    index = ShapeIndex.open(random_index(300_000, 2).save(tmp_path / "index"))
+    assert all(piece is None or piece.num_chunks == 1 for piece in pieces(index))
+    before = index.search(np.ones(2), k=3)
+    index.add(-np.ones((1, 2), "float32"), pd.DataFrame({"name": ["far"]}), fingerprint=FINGERPRINT)
+    assert all(piece is None or piece.num_chunks == 1 for piece in pieces(index)) and index.search(np.ones(2), k=3)["id"].tolist() == before["id"].tolist()
+
+
 def test_columns_of_the_table_that_have_the_names_of_results_are_kept():
     index = ShapeIndex.from_embeddings(np.eye(3, dtype="float32"), pd.DataFrame({"name": list("abc"), "query": list("xyz"), "rank": [7, 8, 9]}), FINGERPRINT)
     found = index.search(np.eye(3)[1], k=1)
@@ -387,7 +397,8 @@ def test_recall_and_size_of_each_kind(many, tmp_path, kind, least, most):
     if kind != "flat":
         (path,) = index.save(tmp_path / "index").glob("faiss*")
         assert path.stat().st_size / 20_000 < most
-    pd.testing.assert_frame_equal(index.search(queries[:3], k=5000), ShapeIndex.from_embeddings(rows, index.table, FINGERPRINT, kind="exact").search(queries[:3], k=5000), check_exact=False, atol=1e-5) if kind == "ivfpq" else None
+    every = index.search(queries[150], k=15_000)
+    assert len(set(every["row"])) == 15_000 and every["score"].is_monotonic_decreasing, "as many as asked for, though a structure proposes fewer"
 
 
 def test_turning_the_axes_keeps_cosines_and_sharpens_codes(many):
