@@ -5,7 +5,7 @@
 
 Two sets of vectors. `shapes`: the 790 furniture shapes, each embedded by the shipped model four times (as it is, and turned, scaled, half hidden); three of the four are mixed with near ones
 of other shapes and moved by differences of views of one shape until there are enough, and turned into 512 dimensions, which changes no cosine. Asked with the fourth embedding of each shape (in no
-mixture) and with its texts, which lie far from every shape. `grouped`: directions around 5,000 random centres, asked with others of the same groups.
+mixture) and with its texts, which lie far from every shape. `grouped`: directions around random centres, 200 to a centre, asked with others of the same groups.
 The truth is the exact scan. `SETS`, `KINDS` and `ROWS` choose parts; FOLDER (the temporary one if not set) needs 5 GB for a million rows."""
 import multiprocessing
 import os
@@ -43,7 +43,7 @@ def mixed(views: np.ndarray, texts: np.ndarray):
     "How a piece of `shapes` is drawn, its queries, and the embeddings it is made of"
     rng, (count, turns, length) = np.random.default_rng(0), views.shape
     known, owner = views[:, :-1].reshape(-1, length), np.repeat(np.arange(count), turns - 1)
-    near = np.argsort(np.where(owner[:, None] == owner, -2, -known @ known.T) * np.where(owner[:, None] == owner, -1, 1), 1)[:, :16]
+    near = np.argsort(np.where(owner[:, None] == owner, 2, -known @ known.T), 1)[:, :16]
     turn = np.linalg.qr(rng.standard_normal((DIM, length)))[0].T.astype(np.float32)
     def draw(rows: int) -> np.ndarray:
         first = rng.integers(len(known), size=rows)
@@ -56,11 +56,11 @@ def mixed(views: np.ndarray, texts: np.ndarray):
     return draw, {"shape": views[:, -1] @ turn, "text": texts @ turn}, known
 
 
-def grouped():
+def grouped(count: int):
     "How a piece of `grouped` is drawn, and its queries"
-    rng = np.random.default_rng(0)
-    centres = rng.standard_normal((5000, DIM), dtype=np.float32)
-    def draw(rows: int) -> np.ndarray: return unit_rows(centres[rng.integers(5000, size=rows)] + 0.7 * rng.standard_normal((rows, DIM), dtype=np.float32))
+    rng, groups = np.random.default_rng(0), count // 200
+    centres = rng.standard_normal((groups, DIM), dtype=np.float32)
+    def draw(rows: int) -> np.ndarray: return unit_rows(centres[rng.integers(groups, size=rows)] + 0.7 * rng.standard_normal((rows, DIM), dtype=np.float32))
     return draw, {"shape": draw(1000)}
 
 
@@ -108,12 +108,15 @@ def ask(folder: Path, kind: str, asked: int, shards: int) -> dict:
     facts |= {"first": time.perf_counter() - start, "resident": resident() - before}
     with threadpool_limits(1):
         for name, (asks, truth) in queries.items():
-            asks, wall, cpu, found = asks[:asked], [], [], []
-            for query in (asks[0], *asks):
-                start, work = time.perf_counter(), time.thread_time()
-                found.append(index.search(query)["row"].to_numpy())
-                wall.append(time.perf_counter() - start), cpu.append(time.thread_time() - work)
-            facts[name] = {"recall": np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found[1:], truth)]), "p50": np.median(wall[1:]), "p99": np.quantile(wall[1:], 0.99), "cpu": np.median(cpu[1:]), "asked": len(asks)}
+            asks = asks[:asked]
+            for turn in ("cold", "warm"):  # rows that the first turn reads from the disk are in the page cache at the second
+                wall, cpu, found = [], [], []
+                for query in asks:
+                    start, work = time.perf_counter(), time.thread_time()
+                    found.append(index.search(query)["row"].to_numpy())
+                    wall.append(time.perf_counter() - start), cpu.append(time.thread_time() - work)
+                if turn == "cold": cold = np.median(wall)
+            facts[name] = {"recall": np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, truth)]), "p50": np.median(wall), "p99": np.quantile(wall, 0.99), "cpu": np.median(cpu), "cold": cold, "asked": len(asks)}
         asks, bare = queries["shape"][0][:asked], []
         for query in asks[:50]:
             work = time.thread_time()
@@ -148,15 +151,17 @@ def rows_of(name: str, kind: str, rows: int, made: dict, got: dict) -> list[Row]
     "What is told of one kind"
     def told(what, value, unit, target="", met=None, note=""): return Row("search", f"{what}, {kind}, {rows:,} x {DIM} {name}", float(value), unit, target=target, met=None if met is None else bool(met), note=note)
     at = f"wall time on a machine with other work: {os.getloadavg()[0]:.0f} jobs on {os.cpu_count()} cores"
+    promised = rows >= 1_000_000 and kind in ("hnsw", "ivfpq")  # targets are for a million rows
+    def aim(text: str, met: bool) -> dict: return {"target": text, "met": met} if promised else {}
+    small = aim("<= 80", made["bytes"] <= 80) if kind == "ivfpq" else {}
     out = [told("build", made["build"], "s", note=f"{made['build cpu']:.0f} s of processor; peak {made['peak']:,.0f} MiB, mapped vectors included; {at}"),
-           told("bytes a vector of the structure", made["bytes"], "bytes", "<= 80" if kind == "ivfpq" else "", made["bytes"] <= 80 if kind == "ivfpq" else None,
-                f"resident {got['resident'] * 2**20 / rows:.0f} a vector after the first query, table of words included; the vectors ({4 * DIM:,} bytes each) stay in their file, memory-mapped, and are read for re-ranking")]
+           told("bytes a vector of the structure", made["bytes"], "bytes", **small, note=f"the vectors ({4 * DIM:,} bytes each) stay in their file, memory-mapped, and are read for re-ranking; memory of the process grew by {got['resident']:,.0f} MiB at the first query, table of words included")]
     for asks in ("shape", "text"):
         if asks not in got: continue
         it = got[asks]
-        out.append(told(f"recall@10 of {asks} queries", it["recall"], "", ">= 0.95 at p50 <= 3 ms" if kind != "exact" and kind != "flat" else "", it["recall"] >= 0.95 and it["p50"] <= 0.003 if kind not in ("exact", "flat") else None, f"{it['asked']:,} queries"))
-        out.append(told(f"one {asks} query, p50", 1e3 * it["p50"], "ms", "<= 3 ms" if kind not in ("exact", "flat") else "", it["p50"] <= 0.003 if kind not in ("exact", "flat") else None,
-                        f"p99 {1e3 * it['p99']:.2f} ms; processor time {1e3 * it['cpu']:.2f} ms; one thread, ShapeIndex.search with its table of answers, {it['asked']:,} queries; {at}"))
+        out += [told(f"recall@10 of {asks} queries", it["recall"], "", **aim(">= 0.95", it["recall"] >= 0.95), note=f"{it['asked']:,} queries"),
+                told(f"one {asks} query, p50", 1e3 * it["p50"], "ms", **aim("<= 3 ms", it["p50"] <= 0.003),
+                     note=f"p99 {1e3 * it['p99']:.2f} ms; processor time {1e3 * it['cpu']:.2f} ms; p50 of the turn before, in which rows came from the disk, {1e3 * it['cold']:.2f} ms; one thread, ShapeIndex.search with its table of answers, {it['asked']:,} queries; {at}")]
     out += [told("the same without the table of answers, processor time", 1e3 * got["bare"], "ms"), told("all queries at once", got["batch"], "queries/s", note="two threads"),
             told("open", 1e3 * got["open"], "ms", note=f"first query {got['first']:.2f} s: it reads the structure, checks its hash, and reads the table"),
             told("one query with a filter that half of the rows match", 1e3 * got["filter"], "ms", note="exact, whatever the kind")]
@@ -174,13 +179,14 @@ def measure(quick: bool) -> list[Row]:
     rows, asked = int(os.environ.get("ROWS", 20_000 if quick else 1_000_000)), 100 if quick else 1000
     sets, kinds, out = os.environ.get("SETS", "shapes grouped").split(), os.environ.get("KINDS", "exact flat hnsw ivfpq").split(), []
     torch.set_num_threads(2)
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # of the processes to come: no spinning while other jobs want the core
     for name in sets:
         with tempfile.TemporaryDirectory(dir=os.environ.get("FOLDER")) as place:
             folder, real = Path(place), float("nan")
             if name == "shapes":
                 draw, queries, known = mixed(*seen(64 if quick else 790))
                 real = dimensions(known)
-            else: draw, queries = grouped()
+            else: draw, queries = grouped(rows)
             made = write(folder, rows, draw, queries, asked)
             out.append(Row("search", f"effective dimension, {rows:,} x {DIM} {name}", made, "", note=f"of the embeddings it is made of: {real:.1f}" if name == "shapes" else ""))
             for kind in kinds:

@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'KINDS', 'IVFPQ_FROM', 'IVFPQ_LEAST', 'LEARN', 'unit_rows', 'best_rows', 'exact_top', 'import_faiss',
-           'choose_kind', 'cells_for', 'build_faiss', 'read_faiss', 'add_faiss', 'propose', 'approximate_top']
+           'choose_kind', 'cells_for', 'draw_rows', 'train_ivfpq', 'build_faiss', 'add_faiss', 'propose',
+           'approximate_top']
 
 # %% ../nbs/57_vectors.ipynb #v02
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .errors import InputError, KindError, MissingPackage
-from .guard import LIMITS, reads
 
 if TYPE_CHECKING: from torch import Tensor
 
@@ -55,14 +54,16 @@ def exact_top(
     vectors: np.ndarray, # unit rows, (N, D), may be memory-mapped
     queries: np.ndarray, # unit rows, (Q, D)
     k: int, # answers a query
-    rows: np.ndarray | None = None, # only these rows, (M,)
+    rows: np.ndarray | None = None, # only these rows, ascending, (M,)
 ) -> list[tuple[np.ndarray, np.ndarray]]: # a query: scores and rows, best first
     "Cosine of every row, chunk by chunk"
     best = [(np.empty(0, np.float32), np.empty(0, np.int64))] * len(queries)
     for first in range(0, len(vectors) if rows is None else len(rows), CHUNK):
-        part = vectors[first : first + CHUNK] if rows is None else vectors[rows[first : first + CHUNK]]
-        at = np.arange(first, first + len(part)) if rows is None else rows[first : first + CHUNK]
+        at = np.arange(first, min(first + CHUNK, len(vectors))) if rows is None else rows[first : first + CHUNK]
+        whole = at[-1] - at[0] < 4 * len(at) # reading past a few rows is quicker than copying the others out
+        part = vectors[at[0] : at[-1] + 1] if whole else vectors[at]
         scores = (part @ queries[0])[None] if len(queries) == 1 else queries @ part.T
+        if whole: scores = scores[:, at - at[0]]
         best = [best_rows(np.concatenate([old, new]), np.concatenate([seen, at]), k) for (old, seen), new in zip(best, scores)]
     return best
 
@@ -94,6 +95,27 @@ def cells_for(
     "Cells of ivfpq: 512 for 100,000 rows, 2,048 for a million"
     return 2 ** int(np.log2(min(3 * count ** 0.5, count / LEARN)))
 
+def draw_rows(vectors: np.ndarray, count: int) -> np.ndarray:
+    "At most so many rows, in the order of the file"
+    return np.ascontiguousarray(vectors[np.sort(np.random.default_rng(0).permutation(len(vectors))[:count])])
+
+def train_ivfpq(
+    sample: np.ndarray, # unit rows, (M, D)
+    cells: int,
+): # a faiss index without rows
+    "Turn the axes so that each code gets its share of the spread, then find centres and codes"
+    faiss = import_faiss()
+    dim = sample.shape[1]
+    codes = max(m for m in range(1, max(2, dim // 4 + 1)) if dim % m == 0)
+    axes = np.linalg.eigh(np.cov(sample[::-(-len(sample) // 20_000)].T))[1][:, ::-1].T # of the most spread first
+    turn = faiss.LinearTransform(dim, dim)
+    faiss.copy_array_to_vector(axes.reshape(-1, codes, dim).swapaxes(0, 1).ravel().astype(np.float32), turn.A) # dealt like cards: 1st, 2nd, ... code
+    turn.is_trained = turn.is_orthonormal = True
+    cell = faiss.index_factory(dim, f"IVF{cells},PQ{codes}x4fsr", faiss.METRIC_INNER_PRODUCT) # fs: in registers, r: of what the centre leaves
+    index = faiss.IndexPreTransform(turn, cell)
+    index.train(sample)
+    return index
+
 def build_faiss(
     kind: str, # flat, hnsw, ivfpq
     vectors: np.ndarray, # unit rows, (N, D)
@@ -103,28 +125,13 @@ def build_faiss(
     faiss = import_faiss()
     count, dim = vectors.shape
     if kind == "ivfpq" and count < IVFPQ_LEAST: raise InputError(f"kind='ivfpq' needs at least {IVFPQ_LEAST:,} rows to learn its codes from, there are {count:,}; use 'exact'")
-    codes = max(m for m in range(1, max(2, dim // 4 + 1)) if dim % m == 0)
-    recipe = {"flat": "Flat", "hnsw": "HNSW32_SQ8", "ivfpq": f"IVF{cells_for(max(count, LEARN))},PQ{codes}x4fsr"}[kind] # fs: in registers, r: of what the centre leaves
-    index = faiss.index_factory(dim, recipe, faiss.METRIC_INNER_PRODUCT)
-    inner = faiss.downcast_index(index) # of its own class, but it does not own the memory
-    if kind == "hnsw": inner.hnsw.efConstruction = 80
-    if not index.is_trained:
-        drawn = np.sort(np.random.default_rng(0).permutation(count)[: max(20_000, LEARN * getattr(inner, "nlist", 0))])
-        index.train(np.ascontiguousarray(vectors[drawn]))
+    if kind == "flat": index = faiss.IndexFlatIP(dim)
+    elif kind == "hnsw":
+        index = faiss.index_factory(dim, "HNSW32_SQ8", faiss.METRIC_INNER_PRODUCT)
+        faiss.downcast_index(index).hnsw.efConstruction = 80 # of its own class, but it does not own the memory
+        index.train(draw_rows(vectors, 20_000))
+    else: index = train_ivfpq(draw_rows(vectors, max(20_000, LEARN * cells_for(count))), cells_for(count))
     return add_faiss(index, vectors, progress)
-
-@reads("a faiss index")
-def read_faiss(
-    path: str | Path,
-    count: int, # rows it must hold
-    dim: int, # of this length
-): # a faiss index
-    "Read a structure; its sizes may be no larger than `cg3d.guard.LIMITS` allows."
-    faiss = import_faiss()
-    if hasattr(faiss, "set_deserialization_vector_byte_limit"): faiss.set_deserialization_vector_byte_limit(min(LIMITS.unpacked, 8 * Path(path).stat().st_size + 2**20))
-    index = faiss.read_index(str(path))
-    if (index.ntotal, index.d) != (count, dim): raise InputError(f"{path}: holds {index.ntotal:,} rows of length {index.d} where there are {count:,} of {dim}; write the index again", file=path)
-    return index
 
 def add_faiss(index, vectors: np.ndarray, progress: bool = False):
     "Put further rows in"
@@ -142,9 +149,9 @@ def propose(
     faiss = import_faiss()
     inner, count, options = faiss.downcast_index(index), max(100, 8 * k), None
     if isinstance(inner, faiss.IndexHNSW): options = faiss.SearchParametersHNSW(efSearch=2 * count)
-    elif isinstance(inner, faiss.IndexIVF):
-        count = max(200, 20 * k) # codes are coarser
-        options = faiss.SearchParametersIVF(nprobe=max(16, inner.nlist // 16))
+    elif isinstance(inner, faiss.IndexPreTransform): # ivfpq
+        count = max(200, 20 * k) # its codes are coarse
+        options = faiss.SearchParametersPreTransform(index_params=faiss.SearchParametersIVF(nprobe=max(16, faiss.extract_index_ivf(inner).nlist // 16)))
     return index.search(np.ascontiguousarray(queries), min(count, index.ntotal), params=options)[1]
 
 def approximate_top(

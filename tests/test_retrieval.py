@@ -20,10 +20,11 @@ from cg3d.filters import Filter
 from cg3d.metrics import mean_average_precision, recall_at_k
 from cg3d.model import CG3D
 from cg3d.queries import with_ids
+from cg3d.index import search_shards
 from cg3d.retrieval import CHANCE, SHAPE, TASKS, TOWER, RetrievalConfig, ShapeIndex, model_fingerprint, results_figure, results_image, retrieval_scores
 from cg3d.shapes import Collection, Shape, write_collection
 from cg3d.folders import MANIFEST
-from cg3d.vectors import approximate_top, build_faiss, choose_kind, exact_top, unit_rows
+from cg3d.vectors import approximate_top, build_faiss, cells_for, choose_kind, exact_top, unit_rows
 
 ROOT = Path(__file__).parent.parent
 FINGERPRINT = "f" * 64
@@ -105,6 +106,16 @@ def test_words_answer_a_shape(model, collection):
     cosine = model.embed_text(collection.table["caption"].tolist()) @ model.embed(collection[0])[0]
     np.testing.assert_allclose(captions.search(collection[0], k=1)["score"], cosine.max(), atol=1e-5)
     with pytest.raises(ValueError, match="of='captoin' is neither.*caption"): ShapeIndex.build(model, collection, of="captoin")
+
+
+def test_texts_of_a_table_are_in_one_piece(tmp_path):
+    """Rows taken out of a pyarrow array of several pieces cost a copy of the whole column."""
+    def pieces(index): return [getattr(index.table[name].array, "_pa_array", None) for name in ("id", "name", "category")]
+    index = ShapeIndex.open(random_index(300_000, 2).save(tmp_path / "index"))
+    assert all(piece is None or piece.num_chunks == 1 for piece in pieces(index))
+    before = index.search(np.ones(2), k=3)
+    index.add(-np.ones((1, 2), "float32"), pd.DataFrame({"name": ["far"]}), fingerprint=FINGERPRINT)
+    assert all(piece is None or piece.num_chunks == 1 for piece in pieces(index)) and index.search(np.ones(2), k=3)["id"].tolist() == before["id"].tolist()
 
 
 def test_columns_of_the_table_that_have_the_names_of_results_are_kept():
@@ -352,13 +363,70 @@ def test_faiss_finds_what_the_scan_finds(tmp_path, kind, least):
 
 def test_the_kind_is_chosen_by_size_or_name(monkeypatch):
     pytest.importorskip("faiss")
-    assert [choose_kind("auto", count) for count in (10, 99_999, 100_000, 499_999, 500_000)] == ["exact", "exact", "hnsw", "hnsw", "ivfpq"]
+    assert [choose_kind("auto", count) for count in (10, 99_999, 100_000, 10_000_000)] == ["exact", "exact", "ivfpq", "ivfpq"]
+    assert [cells_for(count) for count in (1_000, 100_000, 1_000_000, 10_000_000)] == [16, 512, 2048, 8192], "about the root of the rows"
     assert choose_kind("flat", 10) == "flat"
     with pytest.raises(ValueError, match="'hsnw' is unknown; choose from auto, exact, flat, hnsw, ivfpq"): random_index(kind="hsnw")
     with pytest.raises(ValueError, match="at least 1,000 rows"): random_index(kind="ivfpq").search(np.ones(32))
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ImportError, match=r"cg3d\[search\]"): random_index(kind="hnsw").search(np.ones(32))
     assert random_index().search(np.ones(32), k=3)["rank"].tolist() == [1, 2, 3], "the scan needs no faiss"
+
+
+@pytest.fixture(scope="module")
+def many() -> tuple[np.ndarray, np.ndarray, list[set]]:
+    """20,000 rows of 128 numbers that lie near a plane of 12, as embeddings do; queries near them, and queries as far as texts are from shapes."""
+    rng = np.random.default_rng(0)
+    plane = rng.normal(size=(12, 128))
+    rows = unit_rows((rng.normal(size=(20_000, 12)) @ plane + 0.5 * rng.normal(size=(20_000, 128))).astype("float32"))
+    queries = unit_rows(np.concatenate([rows[:100] + 0.02 * rng.normal(size=(100, 128)), rng.normal(size=(100, 12)) @ plane + 8 * rng.normal(size=(100, 128))]).astype("float32"))
+    assert (queries[100:] @ rows.T).max(1).mean() < 0.6 < 0.9 < (queries[:100] @ rows.T).max(1).mean()
+    return rows, queries, [set(row) for _, row in exact_top(rows, queries, 10)]
+
+
+@pytest.mark.parametrize("kind,least,most", [("flat", 1, 513), ("hnsw", 0.99, 128 + 300), ("ivfpq", 0.9, 16 + 8 + 20)])
+def test_recall_and_size_of_each_kind(many, tmp_path, kind, least, most):
+    """Near and far queries; bytes a vector of the file: vectors, 8 bits a number and links, or half a byte for four numbers, a row number and centres."""
+    faiss = pytest.importorskip("faiss")
+    rows, queries, truth = many
+    index = ShapeIndex.from_embeddings(rows, pd.DataFrame({"name": np.arange(20_000).astype(str)}), FINGERPRINT, kind=kind)
+    found = index.search(queries)["row"].to_numpy().reshape(-1, 10)
+    for part in (slice(0, 100), slice(100, 200)):
+        assert np.mean([len(set(row) & true) / 10 for row, true in zip(found[part], truth[part])]) >= least
+    assert len(faiss.serialize_index(index.structure())) / 20_000 < most
+    if kind != "flat":
+        (path,) = index.save(tmp_path / "index").glob("faiss*")
+        assert path.stat().st_size / 20_000 < most
+    every = index.search(queries[150], k=15_000)
+    assert len(set(every["row"])) == 15_000 and every["score"].is_monotonic_decreasing, "as many as asked for, though a structure proposes fewer"
+
+
+def test_turning_the_axes_keeps_cosines_and_sharpens_codes(many):
+    """Codes that get four numbers as they stand, against codes among which the spread is dealt."""
+    faiss = pytest.importorskip("faiss")
+    rows, queries, truth = many
+    turned = build_faiss("ivfpq", rows)
+    turn = faiss.vector_to_array(faiss.downcast_VectorTransform(turned.chain.at(0)).A).reshape(128, 128)
+    np.testing.assert_allclose(turn @ turn.T, np.eye(128), atol=1e-5)
+    plain = faiss.index_factory(128, "IVF256,PQ32x4fsr", faiss.METRIC_INNER_PRODUCT)
+    plain.train(rows), plain.add(rows)
+    plain.nprobe, faiss.extract_index_ivf(turned).nprobe = 256, 256
+    share = {name: np.mean([len(set(row) & true) / 10 for row, true in zip(index.search(queries, 50)[1], truth)]) for name, index in (("plain", plain), ("turned", turned))}
+    assert share["turned"] > share["plain"] + 0.05
+
+
+def test_shards_answer_as_one_index(many):
+    rows, queries, _ = many
+    table = pd.DataFrame({"id": np.arange(3000).astype(str), "name": "a shape", "even": np.arange(3000) % 2 == 0})
+    whole = ShapeIndex.from_embeddings(rows[:3000], table, FINGERPRINT)
+    parts = [ShapeIndex.from_embeddings(rows[part], table[part], FINGERPRINT) for part in (slice(0, 1000), slice(1000, 1005), slice(1005, 3000))]
+    for where in (None, "even", "id == '1001'", "id == ''"):
+        found, one = search_shards(parts, queries[:7], 8, where), whole.search(queries[:7], 8, where)
+        pd.testing.assert_frame_equal(found[["query", "rank", "id", "even"]], one[["query", "rank", "id", "even"]], check_dtype=len(one) > 0)
+        np.testing.assert_allclose(found["score"], one["score"], atol=1e-6)
+        assert [parts[shard].table["id"][row] for shard, row in zip(found["shard"], found["row"])] == found["id"].tolist()
+    with pytest.raises(ValueError, match="no shards"): search_shards([], queries)
+    with pytest.raises(ValueError, match="different models"): search_shards([whole, ShapeIndex.from_embeddings(rows[:9], table[:9], "a" * 64)], queries)
 
 
 def test_proposals_are_scored_exactly():
