@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'KINDS', 'IVFPQ_FROM', 'IVFPQ_LEAST', 'LEARN', 'unit_rows', 'best_rows', 'exact_top', 'import_faiss',
-           'choose_kind', 'cells_for', 'draw_rows', 'train_ivfpq', 'build_faiss', 'add_faiss', 'propose',
+           'choose_kind', 'cells_for', 'draw_rows', 'train_ivfpq', 'build_faiss', 'read_faiss', 'add_faiss', 'propose',
            'approximate_top']
 
 # %% ../nbs/57_vectors.ipynb #v02
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .errors import InputError, KindError, MissingPackage
+from .guard import LIMITS, reads
 
 if TYPE_CHECKING: from torch import Tensor
 
@@ -132,6 +134,19 @@ def build_faiss(
         index.train(draw_rows(vectors, 20_000))
     else: index = train_ivfpq(draw_rows(vectors, max(20_000, LEARN * cells_for(count))), cells_for(count))
     return add_faiss(index, vectors, progress)
+
+@reads("a faiss index")
+def read_faiss(
+    path: str | Path,
+    count: int, # rows it must hold
+    dim: int, # of this length
+): # a faiss index
+    "Read a structure; its sizes may be no larger than `cg3d.guard.LIMITS` allows."
+    faiss = import_faiss()
+    if hasattr(faiss, "set_deserialization_vector_byte_limit"): faiss.set_deserialization_vector_byte_limit(min(LIMITS.unpacked, 8 * Path(path).stat().st_size + 2**20))
+    index = faiss.read_index(str(path))
+    if (index.ntotal, index.d) != (count, dim): raise InputError(f"{path}: holds {index.ntotal:,} rows of length {index.d} where there are {count:,} of {dim}; write the index again", file=path)
+    return index
 
 def add_faiss(index, vectors: np.ndarray, progress: bool = False):
     "Put further rows in"
