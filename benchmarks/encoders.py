@@ -42,7 +42,7 @@ def pair(name: str, device: str = "cpu") -> tuple[torch.nn.Module, torch.nn.Modu
 def same(ours, other, points: torch.Tensor) -> float: # largest difference; an error beyond 1e-4
     "The same answer?"
     with torch.no_grad(): difference = (ours.eval()(points) - other.eval()(points)).abs().max().item()
-    assert difference < 1e-4, difference
+    assert difference < 1e-4, f"the two layouts differ by {difference}"
     ours.train(), other.train()
     return difference
 
@@ -55,15 +55,15 @@ def processor(run) -> float:
 def against_published(name: str, batch: int, points: int, rounds: int, ceiling: tuple[float, float]) -> list[Row]:
     ours, other = pair(name)
     xyz = cloud(batch, points)
-    difference, size = same(ours, other, xyz[:4]), f"{name}, forward + backward, {batch} x {points:,} points"
+    difference, size = same(ours, other, xyz), f"{name}, forward + backward, {batch} x {points:,} points"
     rows = [row(PART, size, compare(lambda: step(ours, xyz), lambda: step(other, xyz), rounds), "the published layout", at_least=1.5, per=batch, note=f"ms a cloud; {THREADS} threads; outputs differ by {difference:.0e}")]
     torch.set_num_threads(1)
     times = Compared(*zip(*[(processor(lambda: step(ours, xyz)), processor(lambda: step(other, xyz))) for _ in range(rounds)]))
     rows.append(row(PART, size + ", processor time", times, "the published layout", per=batch, note="ms a cloud; one thread, time of other programs not counted"))
-    work = operations(ours, xyz)
-    floor = work / ceiling[0] + moved(ours, xyz) / ceiling[1]
+    work, traffic = operations(ours, xyz), moved(ours, xyz)
+    floor = work / ceiling[0] + traffic / ceiling[1]
     rows.append(Row(PART, size + ", share of the floor", floor / statistics.median(times.ours), "of 1", note=f"floor {floor:.2f} s on one thread: {work / 1e9:,.0f} G operations at {ceiling[0] / 1e9:.0f} G/s, "
-        f"{moved(ours, xyz) / 2**30:.1f} GiB kept for the way back, written and read once, at {ceiling[1] / 1e9:.1f} GB/s; the published layout needs {operations(other, xyz) / 1e9:,.0f} G operations"))
+        f"{traffic / 2**30:.1f} GiB kept for the way back, written and read once, at {ceiling[1] / 1e9:.1f} GB/s; the published layout needs {operations(other, xyz) / 1e9:,.0f} G operations"))
     torch.set_num_threads(THREADS)
     return rows
 
@@ -98,22 +98,21 @@ def neighbours_share(batch: int, points: int) -> Row:
         places = places[:, :grouper.anchors]
     return Row(PART, f"pointmlp, {batch} x {points:,} points, share of sampling and neighbours in a step", spent / seconds(lambda: step(ours, xyz)), "of 1")
 
-def peak(name: str, batch: int, points: int) -> float: # MiB
-    "Peak memory of a child process that takes two steps"
+def alone(name: str, batch: int, points: int) -> tuple[float, float]: # seconds of the second step, MiB at the peak
+    "Two steps in a process of their own"
     code = (f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import torch; torch.set_num_threads({THREADS})\n"
-            "from encoders import cloud, create_encoder, step; from cg3d.timing import peak_memory\n"
+            "from encoders import cloud, create_encoder, step; from cg3d.timing import peak_memory, seconds\n"
             f"encoder, points = create_encoder({name!r}), cloud({batch}, {points})\n"
-            "step(encoder, points); step(encoder, points); print(peak_memory())")
-    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+            "step(encoder, points); print(seconds(lambda: step(encoder, points)), peak_memory())")
+    return tuple(map(float, subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()))
 
 def growth(name: str) -> list[Row]:
     "Time and memory against points and against clouds"
     rows = []
     for along, sizes in (("points", [(2, points) for points in (512, 1024, 2048, 4096, 8192)]), ("clouds", [(batch, 1024) for batch in (1, 2, 4, 8, 16, 32)])):
         for batch, points in sizes:
-            ours, xyz = create_encoder(name), cloud(batch, points)
-            step(ours, xyz)
-            rows.append(Row(PART, f"{name}, growth with {along}: {batch} x {points:,}", 1e3 * min(seconds(lambda: step(ours, xyz)) for _ in range(2)), "ms", note=f"peak {peak(name, batch, points):,.0f} MiB"))
+            spent, most = alone(name, batch, points)
+            rows.append(Row(PART, f"{name}, growth with {along}: {batch} x {points:,}", 1e3 * spent, "ms", note=f"peak {most:,.0f} MiB; {THREADS} threads"))
     return rows
 
 def on_cuda(name: str, rounds: int) -> list[Row]:
@@ -132,7 +131,7 @@ def measure(quick: bool) -> list[Row]:
     torch.set_num_threads(1)
     ceiling = peaks_of_convolution()
     torch.set_num_threads(THREADS)
-    rows = [each for name in NAMES for each in against_published(name, *((2, 1024, 1) if quick else (16, 1024, 5)), ceiling)]
+    rows = [each for name in NAMES for each in against_published(name, *((1, 512, 1) if quick else (16, 1024, 3)), ceiling)]
     if not quick:
         rows.append(neighbours_share(16, 1024))
         rows += [each for name in NAMES for part in (lambda name: other_ways(name, 4, 1024, 3), growth) for each in part(name)]
