@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPE_SUFFIXES', 'MAX_MB', 'Source', 'check_size', 'shape_files', 'file_source', 'collection_source', 'open_source',
-           'Journal', 'Interrupted', 'Report', 'read_batches', 'embed_source']
+           'Journal', 'Interrupted', 'Report', 'read_batches', 'embed_batches', 'embed_source']
 
 # %% ../nbs/74_bulk.ipynb #c03
 import hashlib
@@ -23,7 +23,7 @@ from .datasets import read_dataset
 from .errors import Cg3dError, InputError, MissingFile
 from .files import CLOUD_SUFFIXES, MESH_SUFFIXES
 from .folders import hold, write_file
-from .guard import open_npz, read_json
+from .guard import open_npz
 from .model import CG3D
 from .queries import model_fingerprint
 from .shapes import Collection, Shape, furniture, read_collection, read_shape
@@ -116,6 +116,7 @@ class Journal:
     header: dict # model, source, ...: a continuation must have the same
     lock: "BaseFileLock" # nobody else writes there
     rows: dict[str, np.ndarray] = field(default_factory=dict) # key -> vector
+    files: int = 0 # number of the next batch
 
     @classmethod
     def open(
@@ -127,25 +128,21 @@ class Journal:
         folder = Path(f"{out}.part")
         journal, head = cls(folder, header, hold(folder)), folder / "header.json"
         if head.is_file():
-            there = read_json(head, dict)
+            there = json.loads(head.read_text(encoding="utf-8"))
             differs = [key for key in header if there.get(key) != header[key]]
             if differs: raise InputError(f"{folder} holds an unfinished run with another {' and '.join(differs)} ({there.get(differs[0])!r}, now {header[differs[0]]!r}); finish that one, or delete the folder", file=folder)
-            journal.load()
+            for shard in sorted(folder.glob("[0-9]*.npz")):
+                try:
+                    with open_npz(shard) as archive: journal.rows |= dict(zip(archive["keys"].tolist(), archive["vectors"]))
+                except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile): shard.unlink() # damaged: its shapes are embedded again
+                journal.files = int(shard.stem) + 1
         else: write_file(head, lambda path: path.write_text(json.dumps(header, indent=2), encoding="utf-8"))
         return journal
 
-    def load(self):
-        "Take what is on disk, and nothing else."
-        self.rows = {}
-        for shard in sorted(self.folder.glob("[0-9]*.npz")):
-            try:
-                with open_npz(shard) as archive: self.rows |= dict(zip(archive["keys"].tolist(), archive["vectors"]))
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile): shard.unlink() # damaged: its shapes are embedded again
-
     def add(self, keys: Sequence[str], vectors: np.ndarray):
         "Keep a batch; it is on disk when this returns."
-        number = 1 + max((int(path.stem) for path in self.folder.glob("[0-9]*.npz")), default=-1)
-        write_file(self.folder / f"{number:06d}.npz", lambda path: np.savez(path, keys=np.array(keys), vectors=vectors))
+        write_file(self.folder / f"{self.files:06d}.npz", lambda path: np.savez(path, keys=np.array(keys), vectors=vectors))
+        self.files += 1
         self.rows |= dict(zip(keys, vectors))
 
     def close(self):
@@ -188,6 +185,17 @@ def read_batches(
     if stopped: raise stopped
 
 # %% ../nbs/74_bulk.ipynb #c15
+def embed_batches(
+    source: Source,
+    model: CG3D,
+    rows: Sequence[int], # which to embed
+    size: int, # shapes a pass
+    problems: list[tuple[str, str]], # filled with id and message
+    step: Callable[[int], None], # told how many shapes are dealt with
+) -> Iterator[tuple[list[int], np.ndarray]]: # rows that could be read and their vectors, batch by batch
+    "Read and embed in this process."
+    for found, shapes in read_batches(source, rows, size, problems, step): yield found, model.embed(shapes, size).cpu().numpy()
+
 def embed_source(
     source: Source,
     model: CG3D,
@@ -196,6 +204,7 @@ def embed_source(
     batch_size: int = 32, # shapes a pass
     step: Callable[[int], None] = lambda done: None, # told how many more shapes are dealt with
     settings: dict[str, str] | None = None, # what else the vectors depend on, e.g. up
+    run: Callable = embed_batches, # who does it; `cg3d.many` has one that asks many processes
 ) -> Report: # also written to `out`
     "Embed all shapes of a source into a table, going on with an interrupted run."
     out, mark = check_suffix(out), model_fingerprint(model)
@@ -205,10 +214,8 @@ def embed_source(
     resumed = len(keys) - len(todo)
     step(resumed)
     try:
-        for rows, shapes in read_batches(source, todo, batch_size, problems, step):
-            journal.add([keys[row] for row in rows], model.embed(shapes, batch_size).cpu().numpy())
+        for rows, vectors in run(source, model, todo, batch_size, problems, step): journal.add([keys[row] for row in rows], vectors)
     except KeyboardInterrupt as stop:
-        journal.load() # it may have struck while a batch was written
         done = sum(key in journal.rows for key in keys)
         journal.lock.release()
         raise Interrupted(f"interrupted: {done} of {len(keys)} shapes are kept in {journal.folder}; the same command does the rest") from stop

@@ -32,6 +32,7 @@ from .model import CG3D, CG3DConfig
 from .points import Augment
 from .processes import first_alone
 from .shapes import Collection, furniture
+from .shards import read_shards
 from .triplets import Texts, Triplets, cache_dir
 from .zeroshot import frequent_labels
 
@@ -39,11 +40,12 @@ if TYPE_CHECKING: from matplotlib.figure import Figure
 
 # %% ../nbs/61_jobs.ipynb #c05
 def read_data(
-    data: str, # "furniture", or the path of a data set
+    data: str, # "furniture", the path of a data set, or the URL of shards
     layout: str = "", # how it lies on the disk; empty: recognised
 ) -> Collection:
     "The collection that `data` names"
     if data == "furniture" and not layout: return furniture()
+    if "://" in data and layout in ("", "shards"): return read_shards(data)
     return read_dataset(data, layout or None)
 
 def classes_to_ask(collection: Collection, min_shapes: int = 8) -> list[str]:
@@ -165,7 +167,8 @@ class FeatureCache:
 def with_features(triplets: Triplets, backbone: Backbone, progress: bool = True) -> Triplets:
     "The same items, with the image tower's answers in the place of the views"
     same = copy.copy(triplets)
-    same.cache = FeatureCache(triplets.cache, backbone, progress=progress)
+    ready = getattr(triplets.cache, "features", None) # shards may hold them
+    same.cache = ready and ready(backbone) or FeatureCache(triplets.cache, backbone, progress=progress)
     return same
 
 # %% ../nbs/61_jobs.ipynb #c14u
