@@ -23,7 +23,7 @@ from .datasets import read_dataset
 from .errors import Cg3dError, InputError, MissingFile
 from .files import CLOUD_SUFFIXES, MESH_SUFFIXES
 from .folders import hold, write_file
-from .guard import open_npz
+from .guard import open_npz, read_json
 from .model import CG3D
 from .queries import model_fingerprint
 from .shapes import Collection, Shape, furniture, read_collection, read_shape
@@ -128,16 +128,21 @@ class Journal:
         folder = Path(f"{out}.part")
         journal, head = cls(folder, header, hold(folder)), folder / "header.json"
         if head.is_file():
-            there = json.loads(head.read_text(encoding="utf-8"))
+            there = read_json(head, dict)
             differs = [key for key in header if there.get(key) != header[key]]
             if differs: raise InputError(f"{folder} holds an unfinished run with another {' and '.join(differs)} ({there.get(differs[0])!r}, now {header[differs[0]]!r}); finish that one, or delete the folder", file=folder)
-            for shard in sorted(folder.glob("[0-9]*.npz")):
-                try:
-                    with open_npz(shard) as archive: journal.rows |= dict(zip(archive["keys"].tolist(), archive["vectors"]))
-                except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile): shard.unlink() # damaged: its shapes are embedded again
-                journal.files = int(shard.stem) + 1
+            journal.load()
         else: write_file(head, lambda path: path.write_text(json.dumps(header, indent=2), encoding="utf-8"))
         return journal
+
+    def load(self):
+        "Take what is on disk, and nothing else."
+        self.rows = {}
+        for shard in sorted(self.folder.glob("[0-9]*.npz")):
+            try:
+                with open_npz(shard) as archive: self.rows |= dict(zip(archive["keys"].tolist(), archive["vectors"]))
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile): shard.unlink() # damaged: its shapes are embedded again
+            self.files = int(shard.stem) + 1
 
     def add(self, keys: Sequence[str], vectors: np.ndarray):
         "Keep a batch; it is on disk when this returns."
@@ -216,6 +221,7 @@ def embed_source(
     try:
         for rows, vectors in run(source, model, todo, batch_size, problems, step): journal.add([keys[row] for row in rows], vectors)
     except KeyboardInterrupt as stop:
+        journal.load() # it may have struck while a batch was written
         done = sum(key in journal.rows for key in keys)
         journal.lock.release()
         raise Interrupted(f"interrupted: {done} of {len(keys)} shapes are kept in {journal.folder}; the same command does the rest") from stop
