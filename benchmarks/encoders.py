@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from published_encoders import published
 
 from cg3d.encoders.registry import create_encoder, neighbourhoods
-from cg3d.timing import Compared, Row, compare, peaks, report, row, seconds
+from cg3d.timing import Row, compare, peaks, report, row, seconds
 
 PART, NAMES, THREADS = "encoders", ("pointmlp", "point_transformer"), 2
 
@@ -46,19 +46,13 @@ def same(ours, other, points: torch.Tensor) -> float: # largest difference; an e
     ours.train(), other.train()
     return difference
 
-def processor(run) -> float:
-    "Seconds of processor time of one call, on one thread: what other work on the machine does not add to"
-    start = time.process_time()
-    run()
-    return time.process_time() - start
-
 def against_published(name: str, batch: int, points: int, rounds: int, ceiling: tuple[float, float]) -> list[Row]:
     ours, other = pair(name)
     xyz = cloud(batch, points)
     difference, size = same(ours, other, xyz), f"{name}, forward + backward, {batch} x {points:,} points"
     rows = [row(PART, size, compare(lambda: step(ours, xyz), lambda: step(other, xyz), rounds), "the published layout", at_least=1.5, per=batch, note=f"ms a cloud; {THREADS} threads; outputs differ by {difference:.0e}")]
     torch.set_num_threads(1)
-    times = Compared(*zip(*[(processor(lambda: step(ours, xyz)), processor(lambda: step(other, xyz))) for _ in range(rounds)]))
+    times = compare(lambda: step(ours, xyz), lambda: step(other, xyz), rounds, 0, clock=time.process_time)
     rows.append(row(PART, size + ", processor time", times, "the published layout", per=batch, note="ms a cloud; one thread, time of other programs not counted"))
     work, traffic = operations(ours, xyz), moved(ours, xyz)
     floor = work / ceiling[0] + traffic / ceiling[1]

@@ -128,8 +128,11 @@ def knn(
 ) -> tuple[Tensor, Tensor]:  # distances (B, M, k), ascending, not squared; indices into N (B, M, k), int64
     "The k nearest reference points of each query, nearest first."
     if not 1 <= k <= ref.shape[1]: raise InputError(f"cannot find k={k} neighbours among {ref.shape[1]} points; k must be in 1..{ref.shape[1]}", field="k", value=k)
-    found = [_smallest(table, k) for table in _distance_chunks(query, ref, max_pairs)]
-    return torch.cat([values for values, _ in found], 1).sqrt(), torch.cat([indices for _, indices in found], 1)
+    squared, indices, at = query.new_empty((*query.shape[:2], k), dtype=torch.float32), query.new_empty((*query.shape[:2], k), dtype=torch.int64), 0
+    for table in _distance_chunks(query, ref, max_pairs):  # answers have their place: small pieces kept between large ones would split the heap
+        rows = slice(at, at := at + table.shape[1])
+        squared[:, rows], indices[:, rows] = _smallest(table, k)
+    return squared.sqrt_(), indices
 
 # %% ../nbs/00_points.ipynb #2156e87f
 @torch.no_grad()
@@ -142,14 +145,14 @@ def ball_query(
 ) -> Tensor:  # indices into N, (B, M, k), int64
     "The first k reference points within `radius`, padded with the first; the nearest one where the ball is empty (PointNet++, arXiv:1706.02413)."
     if k < 1 or radius <= 0: raise InputError(f"k must be at least 1 and radius above 0, got k={k}, radius={radius}", field="k", value=k)
-    N, found = ref.shape[1], []
+    N, found, at = ref.shape[1], query.new_empty((*query.shape[:2], k), dtype=torch.int64), 0
     wanted = torch.arange(1, k + 1, device=ref.device, dtype=torch.int32)
     for table in _distance_chunks(query, ref, max_pairs):
         hits = (table <= radius**2).cumsum(2, dtype=torch.int32)  # how many up to each place
         first = torch.searchsorted(hits, wanted.expand(*hits.shape[:2], k).contiguous())  # place of the 1st, 2nd, ... hit; N where there are fewer
         fill = torch.where(first[..., :1] < N, first[..., :1], table.argmin(2, keepdim=True))
-        found.append(torch.where(first < N, first, fill))
-    return torch.cat(found, 1)
+        found[:, at:(at := at + table.shape[1])] = torch.where(first < N, first, fill)
+    return found
 
 # %% ../nbs/00_points.ipynb #f8495f5c
 GRID, SLACK, SLOPE, REACH = 1.25, 0.06, 4.0, 2  # cells a side / sqrt(N); depth kept behind the front; cone's fall per length; cells it reaches

@@ -33,13 +33,14 @@ class Compared:
 def seconds(
     run: Callable[[], object], # what is timed
     wait: Callable[[], None] = lambda: None, # until the device is idle, such as torch.cuda.synchronize
+    clock: Callable[[], float] = time.perf_counter, # time.process_time: of this process only, whatever else runs; for work on one thread
 ) -> float:
     "How long one call takes"
     wait()
-    start = time.perf_counter()
+    start = clock()
     run()
     wait()
-    return time.perf_counter() - start
+    return clock() - start
 
 def compare(
     ours: Callable[[], object],
@@ -47,10 +48,11 @@ def compare(
     rounds: int = 7, # pairs that count
     warmup: int = 1, # pairs before, that do not
     wait: Callable[[], None] = lambda: None, # until the device is idle
+    clock: Callable[[], float] = time.perf_counter, # as in `seconds`
 ) -> Compared:
     "Time two ways in turn"
     if rounds < 1: raise InputError(f"rounds must be at least 1, got {rounds}", field="rounds", value=rounds)
-    pairs = [(seconds(ours, wait), seconds(other, wait)) for _ in range(warmup + rounds)][warmup:]
+    pairs = [(seconds(ours, wait, clock), seconds(other, wait, clock)) for _ in range(warmup + rounds)][warmup:]
     return Compared(*map(tuple, zip(*pairs)))
 
 # %% ../nbs/05_timing.ipynb #1ccccdfd
