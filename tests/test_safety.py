@@ -14,8 +14,9 @@ import torch
 
 from cg3d import runjob
 from cg3d.callbacks import Checkpoint
+from cg3d.config import TrainConfig
 from cg3d.errors import CannotWrite, Cg3dError, DamagedFile, PathTaken
-from cg3d.folders import hold, read_manifest, reserve, write_folder
+from cg3d.folders import hold, read_manifest, reserve
 from cg3d.index import ShapeIndex
 from cg3d.learner import Callback
 from test_learner import Strike, backbone, config, learner, toys, weights  # noqa: F401
@@ -24,11 +25,10 @@ from test_learner import Strike, backbone, config, learner, toys, weights  # noq
 @pytest.fixture(scope="module")
 def half(toys, backbone, tmp_path_factory):  # noqa: F811
     """A run that was struck at step 3 of 6 (it keeps the checkpoints of steps 2 and 3), and the same one undisturbed."""
-    from cg3d.config import TrainConfig
     folder = tmp_path_factory.mktemp("half")
-    config = TrainConfig(data=toys, encoder="pointnet", clip_weights="random", points=64, views=2, view_size=32, epochs=3, batch_size=4, ema=0.9, augment="summary", device="cpu", precision="fp32", out=str(folder / "run"))
-    learner(config, backbone, Strike(3)).fit()
-    return config, learner(replace(config, out=str(folder / "whole")), backbone).fit()
+    chosen = TrainConfig(data=toys, encoder="pointnet", clip_weights="random", points=64, views=2, view_size=32, epochs=3, batch_size=4, ema=0.9, augment="summary", device="cpu", precision="fp32", out=str(folder / "run"))
+    learner(chosen, backbone, Strike(3)).fit()
+    return chosen, learner(replace(chosen, out=str(folder / "whole")), backbone).fit()
 
 
 @pytest.fixture
