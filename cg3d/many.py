@@ -46,6 +46,7 @@ def cluster(workers: int) -> Iterator: # the module ray
     "A Ray that is there already, that of RAY_ADDRESS, or one on this machine; what was started is stopped."
     if type(workers) is not int or workers < 1: raise InputError(f"workers={workers!r} must be a whole number, at least 1", field="workers", value=workers)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0" # read when ray starts
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal") # it warns of what Ray Data itself does
     try: import ray, ray.data
     except ImportError as error: raise MissingPackage("many processes need Ray: pip install 'cg3d[scale]'; without it leave workers away", value="ray") from error
     if ray.is_initialized():

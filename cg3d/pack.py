@@ -85,11 +85,11 @@ class Packer:
     settings: PackSettings
     backbone: object = None # image tower whose features are kept
 
-    def sample(self, row: int) -> dict[str, bytes]: # ending -> content
+    def sample(self, row: int, words: dict) -> dict[str, bytes]: # ending -> content
         "What the shard holds of a row."
         s, shape = self.settings, getattr(self.collection, "read", self.collection.__getitem__)(row)
         cloud = shape.cloud(s.points, s.seed)
-        found = {"json": json.dumps(words_of(self.collection.table.iloc[row].to_dict(), shape), ensure_ascii=False).encode(),
+        found = {"json": json.dumps(words_of(words, shape), ensure_ascii=False).encode(),
                  "points.npy": npy(cloud[:, :3 if shape.colors is None else 6].numpy().astype(s.dtype))}
         if not s.views: return found
         views = self.views(row, cloud)
@@ -113,11 +113,12 @@ class Packer:
     def __call__(self, number: int) -> int: # rows dealt with
         "Write a shard and its note."
         webdataset, file, rows, problems = need_webdataset(), io.BytesIO(), [], []
-        first, ids = number * self.settings.per_shard, self.collection.table["id" if "id" in self.collection.table else "name"]
+        first = number * self.settings.per_shard
+        told = self.collection.table.iloc[first:first + self.settings.per_shard].to_dict("records")
         with contextlib.closing(webdataset.TarWriter(file, encoder=False, mtime=0)) as tar:
-            for row in range(first, min(first + self.settings.per_shard, len(self.collection))):
-                try: found = self.sample(row)
-                except (MemoryError, Exception) as error: problems.append([str(ids.iat[row]), str(error) or type(error).__name__]) # a broken file fails in many ways
+            for row, words in enumerate(told, first):
+                try: found = self.sample(row, words)
+                except Exception as error: problems.append([str(words.get("id", words["name"])), str(error) or type(error).__name__]) # a broken file fails in many ways
                 else:
                     tar.write({"__key__": f"{row:09d}"} | found)
                     rows.append(row)
@@ -126,7 +127,7 @@ class Packer:
         note = {"file": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "shapes": len(rows), "rows": rows, "places": places, "problems": problems}
         if rows: self.place.write(name, data)
         self.place.write(f"part-{number:06d}.json", json.dumps(note).encode())
-        return min(self.settings.per_shard, len(self.collection) - first)
+        return len(told)
 
 def need_webdataset():
     "The library that writes shards."
