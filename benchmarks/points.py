@@ -11,7 +11,6 @@ import time
 
 import torch
 
-from cg3d import points as module
 from cg3d.points import ball_query, farthest_point_sample, gather, knn
 from cg3d.timing import Compared, Row, compare, report, row, seconds
 
@@ -46,10 +45,7 @@ def sampling(quick: bool, device: str, rounds: int) -> list[Row]:
     rows = []
     for batch, points, count in ((1, 10_000, 512), (16, 1024, 512), (16, 1024, 64), (8, 1024, 512), (1, 1024, 512), (1, 1024, 64)):
         xyz, what = cloud(batch, points, device), f"FPS {batch} x {points:,} -> {count}, {device}"
-        def ours(): # the plain loop, also where the kernel is chosen
-            module.KERNEL_BELOW, chosen = 0, module.KERNEL_BELOW
-            try: return farthest_point_sample(xyz, count)
-            finally: module.KERNEL_BELOW = chosen
+        ours = lambda: farthest_point_sample(xyz, count)
         if points == 10_000 and device == "cpu":
             if importlib.util.find_spec("fpsample"):
                 import fpsample
@@ -60,8 +56,7 @@ def sampling(quick: bool, device: str, rounds: int) -> list[Row]:
             else: rows.append(Row(PART, what, 1e3 * min(seconds(ours, clock=time.process_time) for _ in range(rounds)), "ms", note="fpsample is not installed: pip install fpsample"))
         theirs = lambda: sample_farthest_points(xyz, K=count)[1]
         assert torch.equal(theirs(), ours())
-        kernel = device == "cpu" and batch * points <= module.KERNEL_BELOW
-        rows.append(row(PART, what + ", plain loop", pairs(ours, theirs, 2 * rounds + 1, device), "pytorch3d.ops.sample_farthest_points", note="the same indices; " + ("the kernel is taken" if kernel else "the loop is taken")))
+        rows.append(row(PART, what, pairs(ours, theirs, 2 * rounds + 1, device), "pytorch3d.ops.sample_farthest_points", note="the same indices"))
     return rows
 
 def neighbours(quick: bool, device: str, rounds: int) -> list[Row]:
