@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .datasets import Published, Record, register_layout, square_picture
+from .datasets import Published, Record, register_layout
 from .errors import Cg3dError, DamagedFile, InputError, MissingFile, MissingPackage, UnsafeFile
 from .folders import MANIFEST, write_file
 from .guard import LIMITS, check_count, refusal
