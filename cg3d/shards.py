@@ -29,6 +29,7 @@ from .datasets import Published, Record, register_layout
 from .errors import Cg3dError, DamagedFile, InputError, MissingFile, MissingPackage, UnsafeFile
 from .folders import MANIFEST, write_file
 from .guard import LIMITS, check_count, refusal
+from .pictures import square_picture
 
 # %% ../nbs/15_shards.ipynb #c06
 class Place:
