@@ -65,12 +65,11 @@ def gather(
 ) -> Tensor:  # (B, ..., C)
     "Rows of `points` at `idx`, cloud by cloud."
     B, N = points.shape[:2]
-    first = torch.arange(0, B * N, N, device=idx.device).view(-1, *[1] * (idx.ndim - 1))  # of each cloud, where all lie in one table
-    return F.embedding(idx + first, points.reshape(B * N, -1))
+    return F.embedding(idx + torch.arange(0, B * N, N, device=idx.device).view(-1, *[1] * (idx.ndim - 1)), points.reshape(B * N, -1))
 
 # %% ../nbs/00_points.ipynb #a296220a
-def _rand(shape, generator, device) -> Tensor:  # uniform in [0, 1), drawn where the generator lives, moved to `device`
-    return torch.rand(shape, generator=generator, device=generator.device if generator is not None else device).to(device)
+def _rand(shape, generator, device, draw=torch.rand) -> Tensor:  # uniform in [0, 1), or normal, drawn where the generator lives, moved to `device`
+    return draw(shape, generator=generator, device=generator.device if generator is not None else device).to(device)
 
 @torch.no_grad()
 def farthest_point_sample(
@@ -196,8 +195,7 @@ def depth_view(
     seen = points[..., :3] @ camera.transpose(1, 2)
     visible = _visible(seen)
     if noise > 0:
-        error = torch.randn((B, N, 1), generator=generator, device=generator.device if generator is not None else points.device)
-        points = torch.cat([points[..., :3] + noise * error.to(points.device) * camera[:, 2:], points[..., 3:]], -1)
+        points = torch.cat([points[..., :3] + noise * _rand((B, N, 1), generator, points.device, torch.randn) * camera[:, 2:], points[..., 3:]], -1)
     return normalize(_resample(points, visible))
 
 # %% ../nbs/00_points.ipynb #26678834
@@ -301,8 +299,7 @@ def uneven_density(
 ) -> Tensor:  # same shape, chosen samples normalised again
     "Draw the points of the chosen samples again, denser towards a random direction."
     heading = F.normalize(_between(points, -1, 1, generator, 3), dim=-1)
-    power = _between(points, 0, math.log(contrast) / 2, generator)
-    weight = ((points[..., :3] * heading[:, None]).sum(-1) * power).exp()
+    weight = ((points[..., :3] * heading[:, None]).sum(-1) * _between(points, 0, math.log(contrast) / 2, generator)).exp()
     return torch.where(_chosen(points, p, generator)[:, None, None], normalize(_resample(points, weight)), points)
 
 def points_to_origin(
@@ -374,13 +371,11 @@ class Augment:
 
     @classmethod
     def sensor(cls) -> "Augment":
-        return cls(rotate=180.0, scale=(0.8, 1.2), translate=0.1, one_sided=0.4, depth_noise=0.01, uneven=0.3, tilt=10.0,
-                   jitter=0.01, jitter_p=0.5, colour_jitter=0.2, colour_drop=0.3)
+        return cls(rotate=180.0, scale=(0.8, 1.2), translate=0.1, one_sided=0.4, depth_noise=0.01, uneven=0.3, tilt=10.0, jitter=0.01, jitter_p=0.5, colour_jitter=0.2, colour_drop=0.3)
 
     @classmethod
     def official(cls) -> "Augment":
-        return cls(rotate=180.0, rotate_p=0.3, quarter_turns=0.3, tilt=10.3, tilt_p=0.3, jitter=0.01, jitter_p=0.3,
-                   to_origin=0.1, to_origin_p=0.3, scale=(2 / 3, 3 / 2), scale_per_axis=True, translate=0.2)
+        return cls(rotate=180.0, rotate_p=0.3, quarter_turns=0.3, tilt=10.3, tilt_p=0.3, jitter=0.01, jitter_p=0.3, to_origin=0.1, to_origin_p=0.3, scale=(2 / 3, 3 / 2), scale_per_axis=True, translate=0.2)
 
     @torch.no_grad()
     def __call__(self, points: Tensor, generator: torch.Generator | None = None) -> Tensor:
