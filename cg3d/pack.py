@@ -26,8 +26,9 @@ from .datasets import Published
 from .errors import InputError, MissingPackage, PathTaken
 from .folders import MANIFEST, hold
 from .render import ViewSettings, random_views, render_points
-from .shapes import Collection, Shape, shape_words
+from .shapes import Collection, Shape, pick, shape_words
 from .shards import COLUMNS, INDEX, WORDS, Place, Shards, read_shards, samples
+from .triplets import colour_words
 
 # %% ../nbs/17_pack.ipynb #c06
 FORMS = {"webp": {"lossless": True, "method": 1}, "png": {}, "jpg": {"format": "jpeg", "quality": 90}, "none": {}} # of pictures; none: features only
@@ -89,7 +90,8 @@ class Packer:
         "What the shard holds of a row."
         s, shape = self.settings, getattr(self.collection, "read", self.collection.__getitem__)(row)
         cloud = shape.cloud(s.points, s.seed)
-        found = {"json": json.dumps(words_of(words, shape), ensure_ascii=False).encode(),
+        colours = list(colour_words(cloud[pick(len(cloud), min(512, len(cloud)))][None, :, 3:])[0])
+        found = {"json": json.dumps(words_of(words, shape) | {"colours": colours}, ensure_ascii=False).encode(),
                  "points.npy": npy(cloud[:, :3 if shape.colors is None else 6].numpy().astype(s.dtype))}
         if not s.views: return found
         views = self.views(row, cloud)

@@ -146,7 +146,7 @@ def read_words(data: bytes, where: str) -> dict[str, str | float]:
     try: found = json.loads(data)
     except (ValueError, RecursionError) as error: raise InputError(f"{where} is not JSON: {error}", file=where) from error
     if not isinstance(found, dict): raise InputError(f"{where} holds a {type(found).__name__} where names and values were expected", file=where)
-    return {str(key): ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in found.items() if isinstance(value, (str, int, float, list))}
+    return {str(key): ", ".join(map(str, value)) if isinstance(value, list) and key != "colours" else value for key, value in found.items() if isinstance(value, (str, int, float, list))}
 
 @dataclass
 class Sample(Record):
@@ -259,6 +259,10 @@ class ShardFeatures(ShardViews):
 class Shards(Published):
     "Shapes in tar files with an index."
     manifest: dict = field(default_factory=dict) # views, backbone, problems, ...
+
+    def words(self, i: int) -> dict: # name -> value
+        "What its sample says of a shape: all of it, so the table is not asked."
+        return dict(self.packed.record(int(self.rows[i])).words)
 
     def points(self, rows=None, n: int | None = None, seed: int = 0) -> Tensor:
         "Many clouds as one tensor, (R, n, 6); neighbours are read together."

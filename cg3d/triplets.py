@@ -327,8 +327,9 @@ class Triplets(Dataset):
         "All texts of a row; those of a published set are read with its points."
         if self.said is not None: return self.said[row]
         row = int(self.teller[row])
-        colours = colour_words(self.collection.points([row], min(512, self.collection.count))[..., 3:])[0]
-        return captions(self.collection.words(row), colours, self.texts)
+        told = self.collection.words(row)
+        if "colours" in told: return captions(told, told["colours"], self.texts) # found when the shape was written
+        return captions(told, colour_words(self.collection.points([row], min(512, self.collection.count))[..., 3:])[0], self.texts)
 
     def views_of(self, rows: np.ndarray, epoch: int = 0) -> np.ndarray:
         "The number of the view that each row shows in an epoch."
