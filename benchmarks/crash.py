@@ -6,6 +6,7 @@
 Each attempt is a forked child, so that torch is imported once; a child that is killed leaves only its files."""
 import argparse
 import hashlib
+import math
 import os
 import random
 import shutil
@@ -44,20 +45,18 @@ def child(work) -> int:
         os._exit(1)
 
 
-def attempt(work, seconds: float | None = None) -> bool:
-    "Whether the child came to its end; it is killed after `seconds`"
-    process = child(work)
-    if seconds is not None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if (found := os.waitpid(process, os.WNOHANG))[0]:
-                if found[1]: raise RuntimeError(f"the job failed by itself: status {found[1]}")
-                return True
-            time.sleep(0.002)
-        os.kill(process, signal.SIGKILL)
-    status = os.waitpid(process, 0)[1]
-    if status and not os.WIFSIGNALED(status): raise RuntimeError(f"the job failed by itself: status {status}")
-    return status == 0
+def attempt(work, seconds: float = math.inf, begun=lambda: True) -> float | None:
+    "Seconds from when `begun()` to the end of the child, or None: it was killed `seconds` after `begun()`"
+    process, start = child(work), None
+    while not (found := os.waitpid(process, os.WNOHANG))[0]:
+        if start is None and begun(): start = time.monotonic()
+        if start is not None and time.monotonic() - start > seconds:
+            os.kill(process, signal.SIGKILL)
+            found = os.waitpid(process, 0)
+            break
+        time.sleep(0.002)
+    if found[1] and not os.WIFSIGNALED(found[1]): raise RuntimeError(f"the job failed by itself: status {found[1]}")
+    return time.monotonic() - (start or time.monotonic()) if not found[1] else None
 
 
 def flat(value, name=""):
@@ -86,13 +85,13 @@ def training(kills: int, place: Path) -> tuple[int, int]:
         config = TrainConfig(encoder="pointnet", limit=16, points=128, views=2, view_size=32, batch_size=8, epochs=4, ema=0.9, schedule=schedule, texts="all", learnable_temperature=True, device="cpu", precision="fp32", **options)
         triplets = make_triplets(collection, config, progress=False)
         def work(folder, resume): make_learner(replace(config, out=str(folder), resume=resume), folder, triplets, make_model(config), progress=False).fit()
-        start = time.monotonic()
-        attempt(lambda: work(place / schedule, False))
-        whole, good, turn = time.monotonic() - start, outcome(place / schedule), 0
+        seconds = attempt(lambda: work(place / schedule, False), begun=(place / schedule / "metrics.csv").exists) # of training, without what comes before
+        good, turn = outcome(place / schedule), 0
         while turn < kills // 3 + (number < kills % 3):
             folder, deaths = place / f"{schedule}{turn}", 0
             shutil.rmtree(place / "cache" / "features", ignore_errors=True) if turn % 2 else None
-            while not attempt(lambda: work(folder, any((folder / "checkpoints").glob("[0-9]*"))), random.uniform(0, whole) if deaths < 1 + (turn % 3 == 0) else None): deaths += 1 # every third run is killed twice
+            begun = (folder / "metrics.csv").exists if turn % 5 else lambda: True # one in five is killed at any moment, the others while they train
+            while attempt(lambda: work(folder, any((folder / "checkpoints").glob("[0-9]*"))), random.uniform(0, seconds) if deaths < 1 + (turn % 3 == 0) else math.inf, begun) is None: deaths += 1 # every third run is killed twice
             left = sorted(path.name for path in (folder / "checkpoints").iterdir())
             epochs = (folder / "metrics.csv").read_text().count("\n") - 1
             found = (outcome(folder), len(left), epochs)
@@ -100,7 +99,7 @@ def training(kills: int, place: Path) -> tuple[int, int]:
             if not deaths: continue # it came to its end before it was killed: does not count
             turn, struck, same = turn + 1, struck + deaths, same + (found == (good, 2, config.epochs))
             if found != (good, 2, config.epochs): print(f"{schedule} {turn}: {found}, expected {(good, 2, config.epochs)}")
-        print(f"{schedule}: {whole:.1f} s undisturbed, {same} bit-identical finishes so far", flush=True)
+        print(f"{schedule}: {seconds:.1f} s undisturbed, {same} bit-identical finishes so far", flush=True)
     return same, struck
 
 
@@ -125,10 +124,8 @@ def writing(kills: int, place: Path) -> int:
         write, read, name = ((embed, read_embed, "a.npz"), (index, read_index, "index"), (collect, read_collect, "collection"))[turn % 3]
         path, whole = place / f"{turn}" / name, place / "whole" / f"{turn}" / name
         if write is index: before(path), before(whole) # replaced by a larger one
-        start = time.monotonic()
-        attempt(lambda: write(whole))
-        good, seconds = read(whole), time.monotonic() - start
-        killed = not attempt(lambda: write(path), random.uniform(0, seconds))
+        seconds = attempt(lambda: write(whole))
+        good, killed = read(whole), attempt(lambda: write(path), random.uniform(0, seconds)) is None
         between = write is not index or len(read(path)[1]) in (5000, 20_000) # a search beside it meets the old one or the new one
         attempt(lambda: write(path))
         found = read(path)
