@@ -9,7 +9,6 @@ __all__ = ['PointMLPConfig', 'LocalGrouper', 'PointLayer', 'Residual', 'PreExtra
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .registry import EncoderConfig, PointEncoder, WarmBatchNorm1d, neighbourhoods, product, register_encoder
