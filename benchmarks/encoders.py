@@ -50,10 +50,10 @@ def against_published(name: str, batch: int, points: int, rounds: int, ceiling: 
     ours, other = pair(name)
     xyz = cloud(batch, points)
     difference, size = same(ours, other, xyz), f"{name}, forward + backward, {batch} x {points:,} points"
-    rows = [row(PART, size, compare(lambda: step(ours, xyz), lambda: step(other, xyz), rounds), "the published layout", at_least=1.5, per=batch, note=f"ms a cloud; {THREADS} threads; outputs differ by {difference:.0e}")]
+    rows = [row(PART, size, compare(lambda: step(ours, xyz), lambda: step(other, xyz), rounds), "the published layout", at_least=1.5 if batch == 16 else None, per=batch, note=f"ms a cloud; {THREADS} threads; outputs differ by {difference:.0e}")]
     torch.set_num_threads(1)
-    times = compare(lambda: step(ours, xyz), lambda: step(other, xyz), rounds, 0, clock=time.process_time)
-    rows.append(row(PART, size + ", processor time", times, "the published layout", per=batch, note="ms a cloud; one thread, time of other programs not counted"))
+    times = compare(lambda: step(ours, xyz), lambda: step(other, xyz), rounds, clock=time.process_time)
+    rows.append(row(PART, size + ", processor time", times, "the published layout", at_least=1.5 if batch == 16 else None, per=batch, note="ms a cloud; one thread, time of other programs not counted"))
     work, traffic = operations(ours, xyz), moved(ours, xyz)
     floor = work / ceiling[0] + traffic / ceiling[1]
     rows.append(Row(PART, size + ", share of the floor", floor / statistics.median(times.ours), "of 1", note=f"floor {floor:.2f} s on one thread: {work / 1e9:,.0f} G operations at {ceiling[0] / 1e9:.0f} G/s, "
@@ -134,9 +134,9 @@ def measure(quick: bool) -> list[Row]:
 
 def peaks_of_convolution() -> tuple[float, float]: # operations a second, bytes a second
     "What this processor does at best: the faster of its two libraries for products, and a copy"
-    product, copy = peaks()
+    product, copy = peaks(clock=time.process_time)
     images, weight = torch.randn(16, 1024, 1, 256).to(memory_format=torch.channels_last), torch.randn(1024, 1024, 1, 1)
-    return max(product, 2 * 16 * 256 * 1024**2 / min(seconds(lambda: torch.conv2d(images, weight)) for _ in range(5))), copy
+    return max(product, 2 * 16 * 256 * 1024**2 / min(seconds(lambda: torch.conv2d(images, weight), clock=time.process_time) for _ in range(5))), copy
 
 
 if __name__ == "__main__": report(measure)

@@ -98,6 +98,7 @@ def peaks(
     device: str = "cpu",
     size: int = 1536, # side of the matrices; larger for a GPU
     rounds: int = 5,
+    clock: Callable[[], float] = time.perf_counter, # as in `seconds`
 ) -> tuple[float, float]: # floating point operations a second, bytes a second; the best of the rounds
     "What this device can do at best in float32: a matrix product and a copy"
     import torch
@@ -105,7 +106,7 @@ def peaks(
     a, b = torch.randn(2, size, size, device=device)
     source = torch.empty(2**26, device=device).normal_()
     target = torch.empty_like(source)
-    product, copy = (min(seconds(run, wait) for _ in range(rounds)) for run in (lambda: torch.mm(a, b), lambda: target.copy_(source)))
+    product, copy = (min(seconds(run, wait, clock) for _ in range(rounds)) for run in (lambda: torch.mm(a, b), lambda: target.copy_(source)))
     return 2 * size**3 / product, 2 * source.numel() * 4 / copy
 
 def peak_memory() -> float: # MiB
