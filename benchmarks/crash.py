@@ -90,7 +90,7 @@ def training(kills: int, place: Path) -> tuple[int, int]:
         while turn < kills // 3 + (number < kills % 3):
             folder, deaths = place / f"{schedule}{turn}", 0
             shutil.rmtree(place / "cache" / "features", ignore_errors=True) if turn % 2 else None
-            begun = (folder / "metrics.csv").exists if turn % 5 else lambda: True # one in five is killed at any moment, the others while they train
+            begun = (folder / "metrics.csv").exists if turn % 5 != 4 else lambda: True # one in five is killed at any moment, the others while they train
             while attempt(lambda: work(folder, any((folder / "checkpoints").glob("[0-9]*"))), random.uniform(0, seconds) if deaths < 1 + (turn % 3 == 0) else math.inf, begun) is None: deaths += 1 # every third run is killed twice
             left = sorted(path.name for path in (folder / "checkpoints").iterdir())
             epochs = (folder / "metrics.csv").read_text().count("\n") - 1
