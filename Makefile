@@ -14,7 +14,7 @@ $(BIN)/.ready: settings.ini setup.py
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else f"cg3d needs Python 3.10-3.13, $(PYTHON) is {v[0]}.{v[1]}; try make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[all,dev]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[all,dev]'
 	touch $@
 
 train: env
@@ -38,7 +38,7 @@ lock: env
 	$(BIN)/uv pip compile --quiet --generate-hashes --python-version 3.11 --all-extras pyproject.toml -o requirements-dev.lock
 
 audit: env
-	$(BIN)/uv tool run pip-audit --require-hashes --disable-pip -r requirements-dev.lock
+	$(BIN)/uv tool run pip-audit --strict --require-hashes --disable-pip -r requirements-dev.lock
 
 clean:
 	rm -rf .venv runs build dist *.egg-info

@@ -11,7 +11,7 @@ _HOME = {
     "create_encoder": "encoders.registry", "list_encoders": "encoders.registry",
 }
 _MODULES = {
-    "errors", "guard", "processes", "parts", "points", "files", "unpickle", "shapes", "datasets", "readers", "furniture", "render", "triplets", "train", "encoders", "folders", "checkpoint", "nanoclip", "backbone", "slip",
+    "errors", "guard", "timing", "processes", "parts", "points", "pictures", "shards", "streams", "pack", "many", "speed", "files", "unpickle", "shapes", "datasets", "readers", "furniture", "render", "triplets", "train", "encoders", "folders", "checkpoint", "nanoclip", "backbone", "slip",
     "prompts", "contracts", "model", "towers", "nano", "published", "layouts", "losses", "metrics", "bulk", "callbacks", "canvas", "cli", "config",
     "describe", "evaluate", "fetch", "filters", "finetune", "index", "inspector", "jobs", "learner", "plots", "probe", "queries", "retrieval",
     "rooms", "runjob", "scans", "scene_scores", "scenes", "segments", "share", "shell", "starts", "stills", "study", "vectors", "widgets", "zeroshot"}

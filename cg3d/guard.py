@@ -10,6 +10,7 @@ __all__ = ['LIMITS', 'SYSTEM', 'Limits', 'limits', 'check_count', 'reads', 'refu
 import contextlib
 import errno
 import functools
+import inspect
 import json
 import math
 import zipfile
@@ -58,13 +59,14 @@ SYSTEM = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.ESTALE, err
 def reads(what: str) -> Callable: # a decorator for functions whose first argument is a path
     "Turn every failure of a reader into an error of cg3d."
     def wrap(function: Callable) -> Callable:
+        first = next(iter(inspect.signature(function).parameters))
         @functools.wraps(function)
-        def inner(path, *given, **named):
-            try: return function(path, *given, **named)
+        def inner(*given, **named):
+            try: return function(*given, **named)
             except Cg3dError: raise
             except Exception as error:
                 if error.__traceback__.tb_next is None: raise # called with wrong arguments
-                raise refusal(path, what, error) from error
+                raise refusal(given[0] if given else named.get(first, "the default"), what, error) from error
         return inner
     return wrap
 

@@ -55,6 +55,7 @@ def test_the_shipped_model_answers_without_the_libraries_it_was_made_with():
 
 def test_public_names_are_reachable():
     assert {"load", "read_shape", "Shape", "CG3D", "create_encoder", "list_encoders"} <= set(cg3d.__all__) <= set(dir(cg3d))
+    assert {path.stem for path in Path(cg3d.__file__).parent.glob("[a-z]*.py")} <= set(dir(cg3d))
     for name in cg3d.__all__: assert callable(getattr(cg3d, name)), name
     assert cg3d.read_shape is read_shape and cg3d.plots.cloud and cg3d.zeroshot.zero_shot
     with pytest.raises(AttributeError, match="no attribute 'laod'"): cg3d.laod
