@@ -15,7 +15,7 @@ from cg3d.backbone import load_backbone
 from cg3d.bulk import embed_source, open_source
 from cg3d.config import TrainConfig
 from cg3d.datasets import check_data, read_dataset
-from cg3d.errors import Cg3dError, DamagedFile, MissingFile, MissingPackage
+from cg3d.errors import Cg3dError, DamagedFile, InputError, MissingFile, MissingPackage
 from cg3d.jobs import make_learner, make_triplets, read_data
 from cg3d.many import cluster, embed_many, pack_many
 from cg3d.pack import write_shards
@@ -128,6 +128,18 @@ def test_a_published_set_travels_with_its_labels_and_pictures(tmp_path):
     assert check_data(tmp_path / "s").ok and again.labels == published.labels and again.table["id"].tolist() == published.table["id"].tolist() and "file" not in again.table
     assert (again.points([0, 1]) - published.points([0, 1])).abs().max() < 1e-3
     assert (again.views(3, 32)[[0, 1], [2, 1]] - published.views(3, 32)[[0, 1], [2, 1]]).abs().max() < 1 / 255
+
+
+def test_a_broken_file_costs_a_line_in_the_manifest(some, tmp_path):
+    (tmp_path / "raw").mkdir()
+    for i in range(3): np.save(tmp_path / "raw" / f"{i}.npy", some[i].points)
+    (tmp_path / "raw" / "1.npy").write_text("no array")
+    shards = write_shards(open_source(tmp_path / "raw"), tmp_path / "s", per_shard=2)
+    assert shards.table["id"].tolist() == ["0.npy", "2.npy"] and [name for name, _ in shards.manifest["problems"]] == ["1.npy"] and "path" not in shards.table
+    assert (shards[1].cloud(2048)[:, :3] - some[2].cloud(2048)[:, :3]).abs().max() < 1e-3 and shards[1].colors is None and shards.words(1)["colours"] == []
+    for i in (0, 2): (tmp_path / "raw" / f"{i}.npy").write_text("no array")
+    with pytest.raises(InputError, match="none of the 3 shapes"): write_shards(open_source(tmp_path / "raw"), tmp_path / "t")
+    assert not list((tmp_path / "t").iterdir())
 
 
 def ours(pid):
