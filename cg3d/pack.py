@@ -88,7 +88,7 @@ class Packer:
 
     def sample(self, row: int, words: dict) -> dict[str, bytes]: # ending -> content
         "What the shard holds of a row."
-        s, shape = self.settings, getattr(self.collection, "read", self.collection.__getitem__)(row)
+        s, shape = self.settings, self.collection.read(row) if hasattr(self.collection, "read") else self.collection[row]
         cloud = shape.cloud(s.points, s.seed)
         colours = list(colour_words(cloud[pick(len(cloud), min(512, len(cloud)))][None, :, 3:])[0])
         found = {"json": json.dumps(words_of(words, shape) | {"colours": colours}, ensure_ascii=False).encode(),
@@ -174,7 +174,9 @@ def finish(collection: Collection, where: Place, head: dict, count: int) -> None
     "Turn the notes into index and manifest."
     notes = [json.loads(where.whole(f"part-{number:06d}.json", 2**30)) for number in range(count)]
     full = [note for note in notes if note["shapes"]]
-    if not full: raise InputError(f"none of the {len(collection)} shapes could be read; the first: {notes[0]['problems'][0][1] if notes else 'there is none'}")
+    if not full:
+        for name in where.sizes().keys() - {".lock"}: where.remove(name) # another call begins anew
+        raise InputError(f"none of the {len(collection)} shapes could be read; the first: {notes[0]['problems'][0][1] if notes else 'there is none'}")
     table = collection.table.iloc[[row for note in full for row in note["rows"]]].drop(columns=[*HERE, *WORDS], errors="ignore").reset_index(drop=True)
     places = np.array([[number, *place] for number, note in enumerate(full) for place in note["places"]], np.int64)
     file = io.BytesIO()
