@@ -20,7 +20,7 @@ from .errors import InputError, KindError
 class TrainConfig:
     "What a training run is made of; the parameters of `nbs/train.ipynb` with their defaults."
     # data
-    data: str = "furniture" # "furniture" (embedded), a packed collection (x.npz + x.csv), or the folder of a data set (`cg3d check-data PATH` says what it holds)
+    data: str = "furniture" # "furniture" (embedded), a packed collection (x.npz + x.csv), or the folder of a data set (`cg3d check-data PATH` says what it holds), or a folder or URL of shards
     layout: str = "" # how the data set lies on the disk, one of cg3d.datasets.list_layouts(); empty: recognised from its files
     train_split: str = "train" # rows to learn from (column `split`); several joined by "+"
     test_split: str = "test" # rows for the final zero-shot test
