@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 import miniatures as mini
 from cg3d.backbone import NANO_CONFIG, load_backbone
 from cg3d.config import TrainConfig, ZeroShotConfig, settings
-from cg3d.speed import BenchmarkConfig
 from cg3d.layouts import write_layout
 from cg3d.model import load
+from cg3d.speed import BenchmarkConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,6 +68,14 @@ def test_zero_shot_reads_the_run_from_another_folder(smoke):
 def test_wrong_parameters_stop_the_job(tmp_path, name, value, words):
     done = papermill("train.ipynb", tmp_path, "-p", name, value)
     assert done.returncode != 0 and words in done.stderr
+
+
+def test_a_benchmark_writes_its_table_and_picture(tmp_path):
+    done = papermill("benchmark.ipynb", tmp_path, "-p", "out", tmp_path / "run", "-p", "parts", "points", "-p", "quick", "True")
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = pd.read_csv(tmp_path / "run" / "benchmark.csv")
+    assert (rows["part"] == "points").all() and (rows["ratio"].dropna() > 0).all() and rows["ratio"].notna().sum() > 5
+    assert (tmp_path / "run" / "benchmark.md").read_text().count("\n") == len(rows) + 2 and (tmp_path / "run" / "figures" / "speed.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("notebook,config", [("train", TrainConfig), ("zero_shot", ZeroShotConfig), ("benchmark", BenchmarkConfig)])
