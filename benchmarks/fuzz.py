@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 import cg3d
 from cg3d.callbacks import Checkpoint as RunCheckpoint
 from cg3d.checkpoint import read_checkpoint
-from cg3d.datasets import read_picture
+from cg3d.pictures import read_picture
 from cg3d.describe import describe
 from cg3d.errors import Cg3dError
 from cg3d.folders import file_hash, write_folder
