@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,8 @@ import pandas as pd
 
 from .config import TrainConfig, checked, several
 from .errors import Cg3dError, InputError
+from .folders import write_file
+from .guard import read_json
 from .runjob import home
 from .timing import Row
 
@@ -32,6 +34,7 @@ class BenchmarkConfig:
     "Parameters of `nbs/benchmark.ipynb`; they are explained there."
     parts: str = "all"
     quick: bool = False
+    resume: bool = False
     out: str = "benchmark"
 
     def __post_init__(self):
@@ -60,15 +63,20 @@ def run_parts(
     parts: Sequence[str], # of PARTS
     folder: str | Path, # rows are written to benchmark.csv after every part
     quick: bool = False,
+    resume: bool = False, # keep the parts that the folder holds already
 ) -> pd.DataFrame: # one row a measurement, the columns of `Row`
-    "Run benchmarks one after the other"
+    "Run benchmarks one after the other; what a part has given is kept at once"
     from tqdm.auto import tqdm
-    rows, failed = [], []
-    for part in (bar := tqdm(parts, disable=None)):
+    kept, failed = Path(folder) / "rows.json", []
+    found = read_json(kept, dict) if resume and kept.exists() else {"quick": quick} # part -> rows
+    if found["quick"] != quick: raise InputError(f"{kept} was measured with quick={found['quick']}, now {quick}; choose another out=", file=kept, field="quick", value=quick)
+    for part in (bar := tqdm([part for part in parts if part not in found], disable=None)):
         bar.set_description(part)
-        try: rows += run_script(home("benchmarks") / f"{part}.py", quick)
+        try: found[part] = [asdict(row) for row in run_script(home("benchmarks") / f"{part}.py", quick)]
         except Cg3dError as error: failed.append(error)
-        pd.DataFrame(rows, columns=list(Row.__dataclass_fields__)).to_csv(Path(folder) / "benchmark.csv", index=False)
+        write_file(kept, lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
+    rows = [row for part in parts for row in found.get(part, [])]
+    pd.DataFrame(rows, columns=list(Row.__dataclass_fields__)).to_csv(Path(folder) / "benchmark.csv", index=False)
     if failed: raise Cg3dError("; ".join(map(str, failed)) + f"; the rows of the other parts are in {Path(folder) / 'benchmark.csv'}", file=failed[0].file)
     return pd.DataFrame(rows)
 
