@@ -73,7 +73,7 @@ def run_parts(
     for part in (bar := tqdm([part for part in parts if part not in found], disable=None)):
         bar.set_description(part)
         try: found[part] = [asdict(row) for row in run_script(home("benchmarks") / f"{part}.py", quick)]
-        except Cg3dError as error: failed.append(error)
+        except Cg3dError as error: failed.append(error), bar.write(f"{part} failed: {error}")
         write_file(kept, lambda path: path.write_text(json.dumps(found, indent=1) + "\n"))
     rows = [row for part in parts for row in found.get(part, [])]
     pd.DataFrame(rows, columns=list(Row.__dataclass_fields__)).to_csv(Path(folder) / "benchmark.csv", index=False)
