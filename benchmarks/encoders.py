@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent))
 from published_encoders import published
 
-from cg3d.encoders.registry import create_encoder, neighbourhoods
+from cg3d.encoders.registry import compiled, create_encoder, neighbourhoods
 from cg3d.timing import Row, compare, peaks, report, row, seconds
 
 PART, NAMES, THREADS = "encoders", ("pointmlp", "point_transformer"), 2
@@ -76,11 +76,11 @@ def moved(encoder, points: torch.Tensor) -> int: # bytes
 def other_ways(name: str, batch: int, points: int, rounds: int) -> list[Row]:
     "bfloat16 and torch.compile on the CPU"
     ours, _ = pair(name)
-    xyz, compiled = cloud(batch, points), torch.compile(ours)
+    xyz, quick = cloud(batch, points), compiled(ours)
     def half():
         with torch.autocast("cpu", torch.bfloat16): step(ours, xyz)
     return [row(PART, f"{name}, forward + backward, {batch} x {points:,} points, {what}", compare(run, lambda: step(ours, xyz), rounds, 2), "float32, eager", per=batch, note=f"ms a cloud; {THREADS} threads")
-            for what, run in (("bfloat16 autocast", half), ("torch.compile", lambda: step(compiled, xyz)))]
+            for what, run in (("bfloat16 autocast", half), ("torch.compile", lambda: step(quick, xyz)))]
 
 def neighbours_share(batch: int, points: int) -> Row:
     "What sampling and searching take of a step"
@@ -112,9 +112,9 @@ def growth(name: str) -> list[Row]:
 def on_cuda(name: str, rounds: int) -> list[Row]:
     "float32 against bfloat16 autocast with torch.compile, and against the published layout"
     ours, other = pair(name, "cuda")
-    xyz, compiled, wait = cloud(64, 1024, "cuda"), torch.compile(ours), torch.cuda.synchronize
+    xyz, quick, wait = cloud(64, 1024, "cuda"), compiled(ours), torch.cuda.synchronize
     def half():
-        with torch.autocast("cuda", torch.bfloat16): step(compiled, xyz)
+        with torch.autocast("cuda", torch.bfloat16): step(quick, xyz)
     size, card = f"{name}, forward + backward, 64 x 1,024 points", torch.cuda.get_device_name()
     rows = [row(PART, f"{size}, bfloat16 + torch.compile", compare(half, lambda: step(ours, xyz), rounds, 3, wait), "float32, eager", at_least=3, per=64, note=f"ms a cloud; {card}"),
             row(PART, size, compare(lambda: step(ours, xyz), lambda: step(other, xyz), rounds, 2, wait), "the published layout", per=64, note=f"ms a cloud; {card}")]

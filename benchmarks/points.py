@@ -95,10 +95,8 @@ def compiled(device: str, rounds: int) -> list[Row]:
 
 def memory(points: int, queries: int = 1024) -> float: # MiB
     "What a search among so many points adds to a child process at its peak (Linux: the kernel's mark is set back before)"
-    code = ("import torch; torch.set_num_threads(1)\nfrom pathlib import Path\nfrom cg3d.points import knn\n"
-            "def mark(name): return next(int(line.split()[1]) / 1024 for line in open('/proc/self/status') if line.startswith(name))\n"
-            f"ref = torch.rand(1, {points}, 3); knn(ref[:, :64], ref[:, :64], 8); Path('/proc/self/clear_refs').write_text('5'); before = mark('VmRSS')\n"
-            f"knn(ref[:, :{queries}], ref, 24); print(mark('VmHWM') - before)")
+    code = ("import torch; torch.set_num_threads(1)\nfrom cg3d.points import knn\nfrom cg3d.timing import added_memory\n"
+            f"ref = torch.rand(1, {points}, 3); knn(ref[:, :64], ref[:, :64], 8); print(added_memory(lambda: knn(ref[:, :{queries}], ref, 24)))")
     return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 def growth(quick: bool, rounds: int) -> list[Row]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import TrainConfig
+from .encoders.registry import compiled
 from .errors import Diverged, InputError
 from .losses import PAIRS
 from .parts import in_parts
@@ -178,7 +179,7 @@ class Learner:
         same_weights(model.encoder), same_weights(model.prompts)
         if config.split and world() > 1: split(model.encoder)
         if config.checkpointing: recompute_blocks(model.encoder, model.prompts)
-        self.encode = torch.compile(model.encoder) if config.compile else model.encoder
+        self.encode = compiled(model.encoder) if config.compile else model.encoder
         self.towers = Towers(model, keep_views=augment_images is None)
         self.phases = SCHEDULES[config.schedule]
         self.batch_size = min(config.batch_size, len(data) // world()) # of this process

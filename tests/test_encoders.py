@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from cg3d.encoders.registry import create_encoder, list_encoders
+from cg3d.encoders.registry import compiled, create_encoder, list_encoders
 
 ENCODERS = list_encoders()
 DIM = 32
@@ -219,3 +219,10 @@ def test_architectures_are_imported_on_demand():
         "create_encoder('pointnet', dim=4); assert 'cg3d.encoders.pointmlp' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["pointmlp_small", "point_transformer_small"])
+def test_a_compiled_encoder_gives_the_same(name, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # traced as for a GPU, without generating code
+    model = encoder(name)
+    with torch.no_grad(): assert torch.allclose(compiled(model)(cloud()), model(cloud()), atol=1e-5)
