@@ -23,6 +23,7 @@ from .config import TrainConfig
 from .encoders.registry import compiled
 from .errors import Diverged, InputError
 from .losses import PAIRS
+from .memory import kept_memory
 from .parts import in_parts
 from .processes import average_gradients, clip_gradients, each, most, rank, same_weights, split, total, world
 
@@ -43,8 +44,8 @@ def parameter_groups(
 
 # %% ../nbs/50_learner.ipynb #c08
 OPTIMIZERS: dict[str, Callable] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
+    "adam": lambda groups: torch.optim.Adam(groups, fused=True), # one pass over the weights: half the time
+    "adamw": lambda groups: torch.optim.AdamW(groups, fused=True),
     "sgd": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9),
 }
 
@@ -291,7 +292,7 @@ class Learner:
         torch.manual_seed(self.config.seed + rank())
         try:
             self.call("before_fit")
-            with finish_step_on_interrupt(self):
+            with finish_step_on_interrupt(self), kept_memory():
                 while self.step < self.total and not self.stop:
                     self.model.train()
                     self.call("before_step")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .pointmlp import LocalGrouper, PointMLP, PointMLPConfig
 from .pointtransformer import PointTransformer, PointTransformerConfig
+from .registry import highest
 from ..errors import InputError
 from ..points import farthest_point_sample, gather
 
@@ -121,4 +122,4 @@ class RuledPointMLP(PointMLP):
         "(B, N, in_channels) to (B, dim)."
         if not hasattr(self, "classifier"): return super().encode(points)
         x, _ = self.features(points)
-        return self.projection(self.classifier(x.amax(1)))
+        return self.projection(self.classifier(highest(x)))

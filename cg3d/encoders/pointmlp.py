@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .registry import EncoderConfig, PointEncoder, WarmBatchNorm1d, neighbourhoods, product, register_encoder
+from .registry import EncoderConfig, PointEncoder, WarmBatchNorm1d, highest, neighbourhoods, product, register_encoder
 from ..errors import InputError
 from ..points import gather
 
@@ -119,7 +119,7 @@ class PreExtraction(nn.Module):
         first: Tensor,  # what the product of `transfer` made of each member, (B, S, k, channels)
     ) -> Tensor:  # (B, S, channels)
         rows = self.operation(self.transfer.net[1](first.flatten(0, 2)).relu_())
-        return rows.unflatten(0, first.shape[:3]).amax(2)
+        return highest(rows.unflatten(0, first.shape[:3]))
 
 
 class PosExtraction(nn.Module):
@@ -172,7 +172,7 @@ class PointMLP(PointEncoder):
     def encode(self, points: Tensor) -> Tensor:
         "(B, N, in_channels) to (B, dim)."
         x, _ = self.features(points)
-        return product(x.amax(1), self.projection.weight, self.projection.bias)
+        return product(highest(x), self.projection.weight, self.projection.bias)
 
 # %% ../../nbs/22_pointmlp.ipynb #c21
 register_encoder("pointmlp", PointMLP, PointMLPConfig())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .registry import EncoderConfig, PointEncoder, WarmBatchNorm1d, register_encoder
+from .registry import EncoderConfig, PointEncoder, WarmBatchNorm1d, highest, product, register_encoder
 
 # %% ../../nbs/21_pointnet.ipynb #c6
 @dataclass(frozen=True)
@@ -39,13 +39,17 @@ class PointNet(PointEncoder):
     def features(
         self,
         points: Tensor,  # (B, N, in_channels)
-    ) -> Tensor:  # each point by itself, (B, widths[-1], N)
+    ) -> Tensor:  # each point by itself, (B, N, widths[-1])
         "What the shared layers make of each point, before the maximum."
-        return self.point_layers(points.transpose(1, 2))
+        rows = points.flatten(0, 1)
+        for i in range(0, len(self.point_layers), 3):
+            conv, norm, act = self.point_layers[i : i + 3]
+            rows = act(norm(product(rows, conv.weight)))
+        return rows.unflatten(0, points.shape[:2])
 
     def encode(self, points: Tensor) -> Tensor:
         "(B, N, in_channels) to (B, dim)."
-        return self.projection(self.head(self.features(points).amax(2)))
+        return self.projection(self.head(highest(self.features(points))))
 
 
 register_encoder("pointnet", PointNet, PointNetConfig())

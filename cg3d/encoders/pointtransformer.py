@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .registry import Dense, EncoderConfig, PointEncoder, WarmBatchNorm1d, neighbourhoods, product, register_encoder
+from .registry import Dense, EncoderConfig, PointEncoder, WarmBatchNorm1d, highest, neighbourhoods, product, register_encoder
 from ..errors import InputError
 from ..points import gather
 
@@ -61,13 +61,13 @@ class PatchReader(nn.Module):
         batch, groups, k, _ = patches.shape
         conv, norm, act, last = self.first_conv
         inner = act(norm(product(patches.flatten(0, 2), conv.weight, conv.bias)))  # (B*G*k, first)
-        highest = product(inner, last.weight, last.bias).unflatten(0, (batch * groups, k)).amax(1)
+        of_patch = highest(product(inner, last.weight, last.bias).unflatten(0, (batch * groups, k)))
         conv, norm, act, after = self.second_conv
         for_max, for_point = conv.weight.squeeze(-1).chunk(2, dim=1)
         for_point, bias = for_point @ last.weight.squeeze(-1), for_point @ last.bias + conv.bias  # two products without a ReLU between are one
-        x = product(inner, for_point).unflatten(0, (batch * groups, k)).add_(product(highest, for_max, bias).unsqueeze(1))
+        x = product(inner, for_point).unflatten(0, (batch * groups, k)).add_(product(of_patch, for_max, bias).unsqueeze(1))
         x = act(norm(x.flatten(0, 1)))
-        return product(x, after.weight, after.bias).unflatten(0, (batch, groups, k)).amax(2)
+        return highest(product(x, after.weight, after.bias).unflatten(0, (batch, groups, k)))
 
 # %% ../../nbs/23_pointtransformer.ipynb #c14
 class DropPath(nn.Module):
@@ -194,7 +194,7 @@ class PointTransformer(PointEncoder):
     def encode(self, points: Tensor) -> Tensor:
         "(B, N, in_channels) to (B, dim)."
         x, _ = self.tokens(points)
-        return self.projection(torch.cat([x[:, 0], x[:, 1:].amax(1)], dim=-1))
+        return self.projection(torch.cat([x[:, 0], highest(x[:, 1:])], dim=-1))
 
 # %% ../../nbs/23_pointtransformer.ipynb #c21
 register_encoder("point_transformer", PointTransformer, PointTransformerConfig())
