@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,9 @@ from cg3d.index import ShapeIndex
 from cg3d.jobs import make_learner, make_model, make_triplets, read_data
 from cg3d.learner import Learner, Towers
 from cg3d.losses import TriModalLoss
+from cg3d.memory import kept_memory
 from cg3d.model import load
-from cg3d.timing import Row, added_memory, compare, peak_memory, report, row, seconds
+from cg3d.timing import Compared, Row, added_memory, compare, peak_memory, report, row, seconds
 
 PART = "training"
 FROZEN = dict(schedule="frozen", visual_prompt="none", text_prompt="none", precision="fp32", device="cpu", views=1, image_augment=False)
@@ -77,6 +79,26 @@ def frozen(quick: bool, folder: str) -> list[Row]:
                         note=f"the towers cost {towers * 1e3:.0f} ms a shape and the cache saves them; the ratio depends on the 3D encoder; {threads()}"))
         rows.append(Row(PART, f"share of that step outside the 3D encoder, {encoder}", rest, "%", target="<= 5 %", met=rest <= 5, note=f"data, augmentation, loss, optimiser; {threads()}"))
         learner.reader.shutdown(cancel_futures=True)
+    return rows
+
+
+def steps(encoder: str, size: int, count: int, keep: bool) -> dict[str, float]:
+    """Seconds of one forward and backward pass, the median of `count`, and the peak MiB of this process."""
+    model, points = create_encoder(encoder, in_channels=6), torch.rand(size, 1024, 6, generator=torch.Generator().manual_seed(0))
+    with kept_memory() if keep else nullcontext():
+        took = [seconds(lambda: model(points).sum().backward()) for _ in range(count + 1)][1:]
+    return {"seconds": statistics.median(took), "peak": peak_memory()}
+
+
+def allocator(quick: bool) -> list[Row]:
+    """Freed memory kept for the next step, as training does, or given back to the system at once; processes in turn."""
+    rows = []
+    for encoder, size in (("pointnet", 8),) if quick else (("point_transformer_small", 32), ("pointnet", 32), ("point_transformer", 16), ("pointmlp", 16)):
+        pairs = [(apart("steps", encoder, size, 3, True), apart("steps", encoder, size, 3, False)) for _ in range(1 if quick else 3)]
+        times = Compared(*(tuple(found["seconds"] for found in way) for way in zip(*pairs)))
+        mib = [statistics.median(found["peak"] for found in way) for way in zip(*pairs)]
+        rows.append(row(PART, f"forward + backward a shape, {encoder}, batch {size}, freed memory kept", times, "freed memory given back to the system", per=size,
+                        note=f"peak {mib[0]:,.0f} MiB against {mib[1]:,.0f}; {threads()}"))
     return rows
 
 
@@ -182,7 +204,8 @@ def measure(quick: bool) -> list[Row]:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["CG3D_CACHE"] = folder
-        rows = [*frozen(quick, folder), *prompted(quick, folder), *waiting(quick, folder), *memory(quick)]
+        with kept_memory(): rows = [*frozen(quick, folder), *prompted(quick, folder)]
+        rows += [*allocator(quick), *waiting(quick, folder), *memory(quick)]
         for work, count in (("training", 64), ("embedding", 64), ("indexing", 10_000)) if quick else (("training", 512), ("embedding", 790), ("indexing", 100_000)):
             rows.append(Row(PART, f"peak memory of {work}, {count:,} shapes, whole process", apart("job", work, count)["peak"], "MiB"))
     return rows
