@@ -107,7 +107,8 @@ def growth(name: str) -> list[Row]:
     for along, sizes in (("points", [(2, points) for points in (512, 1024, 2048, 4096, 8192)]), ("clouds", [(batch, 1024) for batch in (1, 2, 4, 8, 16, 32)])):
         for batch, points in sizes:
             spent, most = alone(name, batch, points)
-            rows.append(Row(PART, f"{name}, growth with {along}: {batch} x {points:,}", 1e3 * spent, "ms", note=f"peak {most:,.0f} MiB; {THREADS} threads"))
+            what, at = f"{name}, step of {'2 clouds' if along == 'points' else 'clouds of 1,024 points'}", dict(along=along, at=points if along == "points" else batch)
+            rows += [Row(PART, what, 1e3 * spent, "ms", note=f"{THREADS} threads", **at), Row(PART, what, most, "MiB", note="peak of the process, libraries included", **at)]
     return rows
 
 def on_cuda(name: str, rounds: int) -> list[Row]:

@@ -101,15 +101,14 @@ def memory(points: int, queries: int = 1024) -> float: # MiB
 
 def growth(quick: bool, rounds: int) -> list[Row]:
     "Time and memory against the number of points"
-    rows, before = [], {}
+    rows = []
     for points in (1024, 4096) if quick else (1024, 2048, 4096, 8192, 16384, 32768):
         xyz = cloud(1, points)
         for name, run in (("FPS -> 512", lambda: farthest_point_sample(xyz, 512)), ("kNN of 512 queries, k=24", lambda: knn(xyz[:, :512], xyz, 24))):
             spent = min(seconds(run, clock=time.process_time) for _ in range(rounds))
-            rows.append(Row(PART, f"{name}, {points:,} points", 1e3 * spent, "ms", note=f"{spent / before[name]:.2f} times the row before" if name in before else ""))
-            before[name] = spent
+            rows.append(Row(PART, name, 1e3 * spent, "ms", note="processor time, one thread", along="points", at=points))
     for points in (10_000,) if quick else (10_000, 40_000, 100_000):
-        rows.append(Row(PART, f"kNN of 1,024 queries among {points:,} points, memory added at the peak", memory(points), "MiB", note=f"the whole table would be {points * 1024 * 4 / 2**20:,.0f} MiB"))
+        rows.append(Row(PART, "kNN of 1,024 queries, memory added at the peak", memory(points), "MiB", note=f"the whole table would be {points * 1024 * 4 / 2**20:,.0f} MiB", along="points", at=points))
     return rows
 
 def measure(quick: bool) -> list[Row]:

@@ -72,7 +72,8 @@ def measure(quick: bool) -> list[Row]:
     ratios = [one["step"] / two["step"] for one, two in pairs]
     two, word = pairs[-1][1], f"{encoder}, {GLOBAL} shapes of 512 points a step"
     share = statistics.median(found["message"] / found["step"] for _, found in pairs)
-    return [
+    curve = [Row("processes", f"{word}, one thread each", 1e3 * statistics.median(found["step"] for found in side), "ms", along="processes", at=count) for count, side in zip((1, 2), zip(*pairs))]
+    return curve + [
         Row("processes", f"{word}, 2 processes x 1 thread", 1e3 * statistics.median(found["step"] for _, found in pairs), "ms", "1 process x 1 thread",
             statistics.median(ratios), min(ratios), max(ratios), note="2 would be perfect; the processes share this machine's memory"),
         Row("processes", f"gradients of {two['gradients'] / 2**20:.1f} MiB averaged in one message: share of a step", 100 * share, "%"),

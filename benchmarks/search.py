@@ -25,7 +25,7 @@ from cg3d.index import ShapeIndex, search_shards
 from cg3d.points import Augment
 from cg3d.shapes import furniture
 from cg3d.timing import Row, peak_memory, report
-from cg3d.vectors import approximate_top, exact_top, unit_rows
+from cg3d.vectors import IVFPQ_LEAST, approximate_top, exact_top, unit_rows
 
 DIM, PIECE = 512, 50_000  # length of a vector; rows made together
 
@@ -172,6 +172,23 @@ def rows_of(name: str, kind: str, rows: int, made: dict, got: dict) -> list[Row]
     return out
 
 
+def curve(name: str, kind: str, rows: int, made: dict, got: dict) -> list[Row]:
+    "One size of a kind, as a point of its curves"
+    return [Row("search", f"{what}, {kind}, {name}", float(value), unit, along="rows", at=rows)
+            for what, value, unit in (("build", made["build"], "s"), ("peak of the build", made["peak"], "MiB"), ("one query, p50", 1e3 * got["shape"]["p50"], "ms"), ("one query, processor time", 1e3 * got["shape"]["cpu"], "ms"))]
+
+
+def cut(folder: Path, rows: int) -> Path:
+    "A folder with the first rows and the same queries"
+    place = folder / f"{rows}"
+    place.mkdir()
+    vectors = np.load(folder / "vectors.npy", mmap_mode="r")[:rows]
+    np.save(place / "vectors.npy", vectors)
+    asks = np.load(folder / "shape.npz")["asks"][:200]
+    np.savez(place / "shape.npz", asks=asks, truth=[found for _, found in exact_top(vectors, asks, 10)])
+    return place
+
+
 SHARDS = 10
 
 def measure(quick: bool) -> list[Row]:
@@ -189,10 +206,15 @@ def measure(quick: bool) -> list[Row]:
             else: draw, queries = grouped(rows)
             made = write(folder, rows, draw, queries, asked)
             out.append(Row("search", f"effective dimension, {rows:,} x {DIM} {name}", made, "", note=f"of the embeddings it is made of: {real:.1f}" if name == "shapes" else ""))
+            smaller = [cut(folder, count) for count in (rows // 100, rows // 10)]
             for kind in kinds:
                 facts = alone(build, folder, kind)
-                out += rows_of(name, kind, rows, facts, alone(ask, folder, kind, asked if kind in ("hnsw", "ivfpq") else min(asked, 50), SHARDS if kind == "ivfpq" else 0))
+                told = alone(ask, folder, kind, asked if kind in ("hnsw", "ivfpq") else min(asked, 50), SHARDS if kind == "ivfpq" else 0)
+                out += rows_of(name, kind, rows, facts, told)
                 print(*(f"{row.what}: {row.value:.4g} {row.unit}" for row in out[-12:]), sep="\n", file=sys.stderr, flush=True)
+                if kind in ("exact", "ivfpq") and len(np.load(smaller[0] / "vectors.npy", mmap_mode="r")) >= IVFPQ_LEAST:
+                    out += [each for place in smaller for each in curve(name, kind, int(place.name), alone(build, place, kind), alone(ask, place, kind, 200, 0))]
+                    out += curve(name, kind, rows, facts, told)
     return out
 
 

@@ -70,6 +70,8 @@ class Row:
     target: str = "" # what was promised
     met: bool | None = None # None: there is no target
     note: str = "" # what a reader must know
+    along: str = "" # what grows in a curve: points, clouds, rows, ...; its rows differ in `at` alone
+    at: float | None = None # how many of them
 
 def row(
     part: str,

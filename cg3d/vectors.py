@@ -163,7 +163,7 @@ def propose(
     "Rows that are probably near"
     faiss = import_faiss()
     inner, count, options = faiss.downcast_index(index), max(100, 8 * k), None
-    if isinstance(inner, faiss.IndexHNSW): options = faiss.SearchParametersHNSW(efSearch=2 * count)
+    if isinstance(inner, faiss.IndexHNSW): options = faiss.SearchParametersHNSW(efSearch=8 * count)
     elif isinstance(inner, faiss.IndexPreTransform): # ivfpq
         count = max(200, 20 * k) # its codes are coarse
         options = faiss.SearchParametersPreTransform(index_params=faiss.SearchParametersIVF(nprobe=max(16, faiss.extract_index_ivf(inner).nlist // 16)))
