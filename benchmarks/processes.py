@@ -5,7 +5,6 @@ Processes of this machine's CPU, one thread each, over Gloo. Between GPUs the sa
 import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -16,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 from cg3d.config import TrainConfig
 from cg3d.jobs import make_learner, make_triplets, read_data
 from cg3d.losses import TriModalLoss
+from cg3d.memory import kept_memory
 from cg3d.processes import average_gradients, rank, world
-from cg3d.timing import Row, report
+from cg3d.timing import Row, report, seconds
 
 GLOBAL = 64 # shapes a step, of all processes together
 
@@ -41,13 +41,10 @@ def work(number: int, processes: int, folder: str, steps: int, encoder: str) -> 
     learner = make_learner(config, config.out, make_triplets(read_data("furniture"), config, progress=False), progress=False)
     learner.callbacks.clear()
     took, message = [], []
-    for _ in range(steps + 1):
-        start = time.perf_counter()
-        learner.one_step()
-        took.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        average_gradients([value for value in learner.model.encoder.parameters()])
-        message.append(time.perf_counter() - start)
+    with kept_memory(): # as `fit` does
+        for _ in range(steps + 1):
+            took.append(seconds(learner.one_step))
+            message.append(seconds(lambda: average_gradients(list(learner.model.encoder.parameters()))))
     learner.reader.shutdown(cancel_futures=True)
     torch.manual_seed(0)
     rows = torch.randn(3, 1024 // processes, 512).requires_grad_()
