@@ -68,10 +68,17 @@ def frozen(quick: bool, folder: str) -> list[Row]:
         learner = learner_of(TrainConfig(encoder=encoder, **shared), folder, model)
         kept, anew, batch = learner.towers, Anew(model, learner.pictures), learner.batch()
 
+        def look(towers) -> None:
+            again = learner.read(0)
+            towers.image(again), towers.text(again["texts"])
+
         def step(towers) -> None:
             learner.towers = towers
             learner.one_step()
 
+        if not rows:
+            rows.append(row(PART, f"a batch read with the towers' features, a shape, batch {size}, cached", compare(lambda: look(kept), lambda: look(anew), rounds),
+                            "read and encoded anew (ViT-B/32 with random weights)", at_least=10, per=size, note=f"points, views and texts, no 3D encoder; {threads()}"))
         times = compare(lambda: step(kept), lambda: step(anew), rounds)
         alone = compare(lambda: step(kept), lambda: model.encoder(batch["points"]).sum().backward(), rounds)
         towers = (statistics.median(times.other) - statistics.median(times.ours)) / size

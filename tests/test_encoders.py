@@ -226,3 +226,20 @@ def test_a_compiled_encoder_gives_the_same(name, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # traced as for a GPU, without generating code
     model = encoder(name)
     with torch.no_grad(): assert torch.allclose(compiled(model)(cloud()), model(cloud()), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pointmlp_small", "point_transformer_small"])
+def test_a_compiled_encoder_is_translated_once(name, monkeypatch):
+    """Batch norm's momentum changes in each of the first ten steps; each would be translated anew, and after eight torch gives up."""
+    graphs = []
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
+    model, seen = encoder(name).train(), []
+    quick = compiled(model)
+    for _ in range(14):
+        quick(cloud()).sum().backward()
+        seen.append(len(graphs))
+    assert seen[:9] == [0] * 9 and 0 < seen[11] == seen[-1], seen

@@ -112,10 +112,13 @@ def neighbourhoods(
 def compiled(
     encoder: nn.Module,
 ) -> Callable[[Tensor], Tensor]:  # the same function; minutes at the first call
-    "`torch.compile` of an encoder. Sampling is left out: its loop, a step a point, would become a program of thousands of steps."
+    "`torch.compile` of an encoder. Left out are sampling, whose loop would become a program of thousands of steps, and the first ten steps, in each of which batch norm has another momentum."
     global _search
     _search = torch.compiler.disable(_search)
-    return torch.compile(encoder)
+    quick = torch.compile(encoder)
+    warming = [part for part in encoder.modules() if not getattr(part, "warm", True)]
+    def run(points: Tensor) -> Tensor: return (encoder if encoder.training and not all(part.warm for part in warming) else quick)(points)
+    return run
 
 # %% ../../nbs/20_encoders.ipynb #p2
 SMALL = 1 << 26  # multiplications below which a convolution's preparation costs more than it saves
@@ -126,9 +129,11 @@ def product(
     bias: Tensor | None = None,  # (out,)
 ) -> Tensor:  # (..., out)
     "rows @ weight.T + bias, by the quicker library of the device."
-    weight, count = weight.flatten(1), math.gcd(rows.shape[:-1].numel(), 16)
-    small = rows.numel() * len(weight) < SMALL or (count < 16 and torch.get_num_threads() == 1)
-    if small or rows.device.type != "cpu" or rows.dtype != torch.float32:
+    weight = weight.flatten(1)
+    if rows.device.type != "cpu" or rows.dtype != torch.float32 or torch.compiler.is_compiling():
+        return F.linear(rows, weight, bias)
+    count = math.gcd(rows.shape[:-1].numel(), 16)
+    if rows.numel() * len(weight) < SMALL or (count < 16 and torch.get_num_threads() == 1):
         return F.linear(rows, weight, bias)
     images = rows.reshape(count, 1, -1, rows.shape[-1]).permute(0, 3, 1, 2)  # (count, in, 1, L), channels last
     return F.conv2d(images, weight[..., None, None], bias).permute(0, 2, 3, 1).reshape(*rows.shape[:-1], -1)
@@ -144,7 +149,7 @@ def highest(
     rows: Tensor,  # (..., k, C)
 ) -> Tensor:  # (..., C)
     "The largest of k rows, channel by channel; the first of several equals takes the gradient on CPUs."
-    if rows.device.type != "cpu" or rows.numel() == 0:
+    if rows.device.type != "cpu" or torch.compiler.is_compiling() or rows.numel() == 0:
         return rows.amax(-2)
     k, width = rows.shape[-2:]
     images = rows.reshape(1, -1, k, width).permute(0, 3, 1, 2)  # (1, C, rows, k), channels last
