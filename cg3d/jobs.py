@@ -238,9 +238,18 @@ def confusion_figure(
     axes.set(xlabel="predicted", ylabel="true", title=title)
     return figure
 
-def save_figure(figure: "Figure", folder: str | Path, name: str) -> Path:
+def save_figure(
+    figure: "Figure", # of matplotlib
+    folder: str | Path,
+    name: str,
+    colours: int = 0, # of a palette; a drawing of few colours takes a third of the bytes so
+) -> Path:
     "Write a picture to `folder/figures/name.png`"
     path = Path(folder) / "figures" / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+    if colours:
+        from PIL import Image
+        with Image.open(path) as picture: small = picture.convert("RGB").quantize(colours, Image.Quantize.MAXCOVERAGE)
+        small.save(path, optimize=True)
     return path
