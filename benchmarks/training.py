@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +92,7 @@ def frozen(quick: bool, folder: str) -> list[Row]:
 def steps(encoder: str, size: int, count: int, keep: bool) -> dict[str, float]:
     """Seconds of one forward and backward pass, the median of `count`, and the peak MiB of this process."""
     model, points = create_encoder(encoder, in_channels=6), torch.rand(size, 1024, 6, generator=torch.Generator().manual_seed(0))
-    with kept_memory() if keep else nullcontext():
+    with kept_memory(keep):
         took = [seconds(lambda: model(points).sum().backward()) for _ in range(count + 1)][1:]
     return {"seconds": statistics.median(took), "peak": peak_memory()}
 

@@ -310,7 +310,7 @@ def fine_tune(
         if watch is not None: check_test(train.labels, watch)
         if watch is not None and config.watch: exams["test"] = (config.watch, known[1] if known is not None else seen(watch.points), relabel(watch, train.labels))
         rate_of_encoder = config.lr_scratch if start.name == "scratch" and config.lr_scratch else config.lr_encoder
-        with kept_memory(): rows, best = _fit(made, mode, draw, kept, train.target, exams, config, rate_of_encoder, seed, device)
+        with kept_memory(device.type == "cpu"): rows, best = _fit(made, mode, draw, kept, train.target, exams, config, rate_of_encoder, seed, device)
     return Tuning(made.cpu().eval(), pd.DataFrame(rows), best, time.perf_counter() - began)
 
 # %% ../nbs/66_finetune.ipynb #c16

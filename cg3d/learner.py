@@ -292,7 +292,7 @@ class Learner:
         torch.manual_seed(self.config.seed + rank())
         try:
             self.call("before_fit")
-            with finish_step_on_interrupt(self), kept_memory():
+            with finish_step_on_interrupt(self), kept_memory(self.device.type == "cpu"):
                 while self.step < self.total and not self.stop:
                     self.model.train()
                     self.call("before_step")

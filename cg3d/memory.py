@@ -16,10 +16,12 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4 # options of mallopt(3)
 CHOICES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES") # a user's own settings of them
 
 @contextlib.contextmanager
-def kept_memory() -> Iterator[bool]: # whether anything was changed
+def kept_memory(
+    wanted: bool = True, # False: change nothing
+) -> Iterator[bool]: # whether anything was changed
     "While inside, glibc keeps freed memory for this process; afterwards what is free goes back to the system"
     libc = ctypes.CDLL(None) if os.name == "posix" else None
-    if any(name in os.environ for name in CHOICES) or not hasattr(libc, "gnu_get_libc_version"):
+    if not wanted or any(name in os.environ for name in CHOICES) or not hasattr(libc, "gnu_get_libc_version"):
         yield False
         return
     libc.mallopt(MMAP_MAX, 0), libc.mallopt(TRIM_THRESHOLD, -1) # no block apart from the heap, and the heap never shrinks
