@@ -206,13 +206,13 @@ def measure(quick: bool) -> list[Row]:
             else: draw, queries = grouped(rows)
             made = write(folder, rows, draw, queries, asked)
             out.append(Row("search", f"effective dimension, {rows:,} x {DIM} {name}", made, "", note=f"of the embeddings it is made of: {real:.1f}" if name == "shapes" else ""))
-            smaller = [cut(folder, count) for count in (rows // 100, rows // 10)]
+            smaller = [cut(folder, count) for count in (rows // 100, rows // 10)] if rows // 100 >= IVFPQ_LEAST else []
             for kind in kinds:
                 facts = alone(build, folder, kind)
                 told = alone(ask, folder, kind, asked if kind in ("hnsw", "ivfpq") else min(asked, 50), SHARDS if kind == "ivfpq" else 0)
                 out += rows_of(name, kind, rows, facts, told)
                 print(*(f"{row.what}: {row.value:.4g} {row.unit}" for row in out[-12:]), sep="\n", file=sys.stderr, flush=True)
-                if kind in ("exact", "ivfpq") and len(np.load(smaller[0] / "vectors.npy", mmap_mode="r")) >= IVFPQ_LEAST:
+                if kind in ("exact", "ivfpq") and smaller:
                     out += [each for place in smaller for each in curve(name, kind, int(place.name), alone(build, place, kind), alone(ask, place, kind, 200, 0))]
                     out += curve(name, kind, rows, facts, told)
     return out
