@@ -118,7 +118,7 @@ def speed_figure(
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
     shown = rows[rows["ratio"].notna()].iloc[::-1]
-    figure = Figure(figsize=(7, 0.7 + 0.24 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(7, 1.3 + 0.24 * len(shown)), layout="constrained")
     axes, places = figure.subplots(), range(len(shown))
     for place, row in zip(places, shown.itertuples()):
         axes.barh(place, row.ratio - 1, left=1, color="#2f6f9f" if row.ratio >= 1 else "#b5653a", height=0.62)
