@@ -75,7 +75,10 @@ def test_a_benchmark_writes_its_table_and_picture(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     rows = pd.read_csv(tmp_path / "run" / "benchmark.csv")
     assert (rows["part"] == "points").all() and (rows["ratio"].dropna() > 0).all() and rows["ratio"].notna().sum() > 5
-    assert (tmp_path / "run" / "benchmark.md").read_text().count("\n") == len(rows) + 2 and (tmp_path / "run" / "figures" / "speed.png").stat().st_size > 10_000
+    table, grown = (tmp_path / "run" / "benchmark.md").read_text().split("\n\n")
+    points = sum(line.split("|")[4].count(": ") for line in grown.splitlines()[2:])
+    assert table.count("\n") + 1 - 2 + points == len(rows), "every row is told, alone or as a point of a curve"
+    assert all((tmp_path / "run" / "figures" / f"{name}.png").stat().st_size > 10_000 for name in ("speed", "growth"))
 
 
 @pytest.mark.parametrize("notebook,config", [("train", TrainConfig), ("zero_shot", ZeroShotConfig), ("benchmark", BenchmarkConfig)])
