@@ -32,7 +32,7 @@ test: check
 	$(BIN)/python -m pytest tests -q
 
 data: env
-	$(BIN)/python -m cg3d.furniture --out data
+	$(BIN)/python -m cg3d.zz.build_furniture --out data
 
 lock: env
 	$(BIN)/uv pip compile --quiet --generate-hashes --python-version 3.11 --all-extras pyproject.toml -o requirements-dev.lock

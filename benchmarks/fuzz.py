@@ -4,6 +4,7 @@
 
 The seeds are small sound files, written here. A mutation flips, cuts, repeats or replaces bytes, writes huge and negative numbers over those that are there,
 or joins two files. Each input is read in a process of its own, which may compute for 5 seconds (wait for 60, as the machine may be busy) and take 1 GiB more than before. What fails is told, and kept with --keep."""
+
 import argparse
 import json
 import os
@@ -28,18 +29,19 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import cg3d
-from cg3d.callbacks import Checkpoint as RunCheckpoint
-from cg3d.checkpoint import read_checkpoint
-from cg3d.pictures import read_picture
-from cg3d.describe import describe
-from cg3d.errors import Cg3dError
-from cg3d.folders import file_hash, write_folder
-from cg3d.index import ShapeIndex
-from cg3d.runjob import read_recipe
-from cg3d.scans import read_scene
-from cg3d.shapes import read_collection, read_shape, write_collection
-from cg3d.share import Embeddings, read_embeddings, write_embeddings
-from cg3d.unpickle import load_npy, load_pickle
+from cg3d.cli.info import describe
+from cg3d.cli.jobs import read_recipe
+from cg3d.core.atomic import file_hash, write_folder
+from cg3d.core.errors import Cg3dError
+from cg3d.core.safe_pickle import load_npy, load_pickle
+from cg3d.core.state_dict import read_checkpoint
+from cg3d.data.pictures import read_picture
+from cg3d.io.collection import read_collection, write_collection
+from cg3d.io.scene import read_scene
+from cg3d.io.shape import read_shape
+from cg3d.pretrained.hub import Embeddings, read_embeddings, write_embeddings
+from cg3d.search.index import ShapeIndex
+from cg3d.training.callbacks import Checkpoint as RunCheckpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import miniatures
@@ -50,6 +52,7 @@ SECONDS, WAIT, GIB = 5, 60, 2**30
 @dataclass
 class Seed:
     "A sound folder, the file in it that is mutated, and how the folder is read."
+
     name: str
     folder: Path
     file: Path  # below the folder
@@ -59,93 +62,243 @@ class Seed:
 def meshes(folder: Path):
     "Files of one shape."
     box, rng = trimesh.creation.icosphere(1), np.random.default_rng(0)
-    for suffix in ("obj", "off", "stl", "glb", "ply"): box.export(folder / f"mesh.{suffix}")
-    box.export(folder / "ascii.ply", encoding="ascii"), box.export(folder / "ascii.stl", file_type="stl_ascii")
-    for name, content in trimesh.Scene(box).export(file_type="gltf").items(): (folder / ("mesh.gltf" if name == "model.gltf" else name)).write_bytes(content)
-    box.visual = trimesh.visual.TextureVisuals(uv=rng.random((len(box.vertices), 2)), image=Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)))
+    for suffix in ("obj", "off", "stl", "glb", "ply"):
+        box.export(folder / f"mesh.{suffix}")
+    (
+        box.export(folder / "ascii.ply", encoding="ascii"),
+        box.export(folder / "ascii.stl", file_type="stl_ascii"),
+    )
+    for name, content in trimesh.Scene(box).export(file_type="gltf").items():
+        (folder / ("mesh.gltf" if name == "model.gltf" else name)).write_bytes(content)
+    box.visual = trimesh.visual.TextureVisuals(
+        uv=rng.random((len(box.vertices), 2)),
+        image=Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)),
+    )
     box.export(folder / "textured.glb"), box.export(folder / "textured.obj")
     cloud = rng.random((64, 6)).astype(np.float32)
-    np.savetxt(folder / "cloud.xyz", cloud, fmt="%.4f"), np.save(folder / "cloud.npy", cloud), np.savez(folder / "cloud.npz", points=cloud[:, :3], colors=cloud[:, 3:]), np.savez_compressed(folder / "packed.npz", points=cloud)
+    (
+        np.savetxt(folder / "cloud.xyz", cloud, fmt="%.4f"),
+        np.save(folder / "cloud.npy", cloud),
+        np.savez(folder / "cloud.npz", points=cloud[:, :3], colors=cloud[:, 3:]),
+        np.savez_compressed(folder / "packed.npz", points=cloud),
+    )
     trimesh.PointCloud(cloud[:, :3], (cloud[:, 3:] * 255).astype(np.uint8)).export(folder / "cloud.ply")
     head = "# .PCD v0.7\nVERSION 0.7\nFIELDS x y z rgb\nSIZE 4 4 4 4\nTYPE F F F U\nCOUNT 1 1 1 1\nWIDTH 64\nHEIGHT 1\nVIEWPOINT 0 0 0 1 0 0 0\nPOINTS 64\nDATA "
     rows = np.zeros(64, [("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("rgb", "<u4")])
-    for i, axis in enumerate("xyz"): rows[axis] = cloud[:, i]
+    for i, axis in enumerate("xyz"):
+        rows[axis] = cloud[:, i]
     columns = b"".join(np.ascontiguousarray(rows[name]).tobytes() for name in rows.dtype.names)
-    literal = b"".join(bytes([len(part) - 1]) + part for part in (columns[i:i + 32] for i in range(0, len(columns), 32)))
-    (folder / "ascii.pcd").write_text(head + "ascii\n" + "\n".join(f"{x:.4f} {y:.4f} {z:.4f} 255" for x, y, z in cloud[:, :3]))
+    literal = b"".join(
+        bytes([len(part) - 1]) + part for part in (columns[i : i + 32] for i in range(0, len(columns), 32))
+    )
+    (folder / "ascii.pcd").write_text(
+        head + "ascii\n" + "\n".join(f"{x:.4f} {y:.4f} {z:.4f} 255" for x, y, z in cloud[:, :3])
+    )
     (folder / "binary.pcd").write_bytes((head + "binary\n").encode() + rows.tobytes())
-    (folder / "packed.pcd").write_bytes((head + "binary_compressed\n").encode() + np.array([len(literal), len(columns)], "<u4").tobytes() + literal)
+    (folder / "packed.pcd").write_bytes(
+        (head + "binary_compressed\n").encode()
+        + np.array([len(literal), len(columns)], "<u4").tobytes()
+        + literal
+    )
 
 
 def walk(folder: Path, layout: str | None = None):
     "Every row of a data set."
     found = cg3d.read_dataset(folder, layout)
     for row in range(min(len(found), 6)):
-        if found.table["found"].iat[row] if "found" in found.table else True: found[row]
+        if found.table["found"].iat[row] if "found" in found.table else True:
+            found[row]
 
 
 def seeds(place: Path) -> list[Seed]:
     "One sound input of each kind that cg3d reads."
     made, rng = [], np.random.default_rng(1)
+
     def add(name, write, read, files=None):
         folder = place / name
         folder.mkdir(parents=True)
         write(folder)
         found = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-        if files is None and name.startswith("data-"): found = list({(file.parent.parent.name if len(file.parts) > 3 else "", file.suffix, re.sub(r"[0-9a-f]{2,}", "", file.name)): file for file in found}.values()) # one of each kind
+        if files is None and name.startswith("data-"):
+            found = list(
+                {
+                    (
+                        file.parent.parent.name if len(file.parts) > 3 else "",
+                        file.suffix,
+                        re.sub(r"[0-9a-f]{2,}", "", file.name),
+                    ): file
+                    for file in found
+                }.values()
+            )  # one of each kind
         for file in files or found:
-            if (folder / file).stat().st_size: made.append(Seed(f"{name}/{file}", folder, Path(file), read(Path(file)) if files is None and name in ("shape", "scene") else read))
+            if (folder / file).stat().st_size:
+                made.append(
+                    Seed(
+                        f"{name}/{file}",
+                        folder,
+                        Path(file),
+                        read(Path(file)) if files is None and name in ("shape", "scene") else read,
+                    )
+                )
+
     owner = {".bin": "mesh.gltf", ".mtl": "textured.obj", ".png": "textured.obj"}
-    add("shape", meshes, lambda file: lambda folder: read_shape(folder / owner.get(file.suffix, file)).cloud(256))
-    add("picture", lambda folder: Image.fromarray(rng.integers(0, 255, (32, 24, 3), np.uint8)).save(folder / "p.png"), lambda folder: read_picture(folder / "p.png", 16))
-    add("photo", lambda folder: Image.fromarray(rng.integers(0, 255, (32, 24, 3), np.uint8)).save(folder / "p.jpg"), lambda folder: read_picture(folder / "p.jpg", 16))
+    add(
+        "shape",
+        meshes,
+        lambda file: lambda folder: read_shape(folder / owner.get(file.suffix, file)).cloud(256),
+    )
+    add(
+        "picture",
+        lambda folder: Image.fromarray(rng.integers(0, 255, (32, 24, 3), np.uint8)).save(folder / "p.png"),
+        lambda folder: read_picture(folder / "p.png", 16),
+    )
+    add(
+        "photo",
+        lambda folder: Image.fromarray(rng.integers(0, 255, (32, 24, 3), np.uint8)).save(folder / "p.jpg"),
+        lambda folder: read_picture(folder / "p.jpg", 16),
+    )
+
     def scene(folder):
         xyz = rng.random((200, 3)).astype(np.float32)
-        np.savez(folder / "scene.npz", points=xyz, colors=xyz, instance=np.repeat([0, 1], 100), labels=np.array(["chair", "bed"]), up="z")
+        np.savez(
+            folder / "scene.npz",
+            points=xyz,
+            colors=xyz,
+            instance=np.repeat([0, 1], 100),
+            labels=np.array(["chair", "bed"]),
+            up="z",
+        )
         trimesh.PointCloud(xyz).export(folder / "scene.ply")
         trimesh.creation.box().export(folder / "room.glb")
+
     add("scene", scene, lambda file: lambda folder: read_scene(folder / file))
     shapes = [cg3d.Shape(rng.random((64, 3)).astype(np.float32), None, name=f"thing {i}") for i in range(4)]
-    add("collection", lambda folder: write_collection(folder / "set", shapes, n=64), lambda folder: read_collection(folder / "set").points())
+    add(
+        "collection",
+        lambda folder: write_collection(folder / "set", shapes, n=64),
+        lambda folder: read_collection(folder / "set").points(),
+    )
     table = pd.DataFrame({"id": list("abcd"), "name": ["w", "x", "y", "z"]})
     vectors = rng.standard_normal((4, 8)).astype(np.float32)
-    for suffix in ("npz", "parquet"): add(f"embeddings-{suffix}", lambda folder: write_embeddings(folder / f"e.{suffix}", Embeddings(vectors, table, "m", "f")), lambda folder, suffix=suffix: read_embeddings(folder / f"e.{suffix}"))
+    for suffix in ("npz", "parquet"):
+        add(
+            f"embeddings-{suffix}",
+            lambda folder: write_embeddings(folder / f"e.{suffix}", Embeddings(vectors, table, "m", "f")),
+            lambda folder, suffix=suffix: read_embeddings(folder / f"e.{suffix}"),
+        )
+
     def search(folder):
         index = ShapeIndex.open(folder / "index")
         index.verify()
         return index.search(vectors[:1], 2)
-    def approximate(folder): # under hashes that fit, as a stranger can write them
+
+    def approximate(folder):  # under hashes that fit, as a stranger can write them
         place = folder / "index"
         manifest = json.loads((place / "manifest.json").read_text())
         entry = manifest["files"]["faiss.index"]
         entry |= {"bytes": (place / entry["file"]).stat().st_size, "sha256": file_hash(place / entry["file"])}
         (place / "manifest.json").write_text(json.dumps(manifest))
         return ShapeIndex.open(place).search(many[:1], 2)
-    many, numbered = rng.standard_normal((40, 8)).astype(np.float32), pd.DataFrame({"id": [f"{row}" for row in range(40)], "name": "x"})
-    add("faiss", lambda folder: ShapeIndex.from_embeddings(many, numbered, "f", kind="hnsw").save(folder / "index"), approximate)
+
+    many, numbered = (
+        rng.standard_normal((40, 8)).astype(np.float32),
+        pd.DataFrame({"id": [f"{row}" for row in range(40)], "name": "x"}),
+    )
+    add(
+        "faiss",
+        lambda folder: ShapeIndex.from_embeddings(many, numbered, "f", kind="hnsw").save(folder / "index"),
+        approximate,
+    )
     made[:] = [one for one in made if not one.name.startswith("faiss/") or one.file.suffix == ".index"]
-    add("index", lambda folder: ShapeIndex.from_embeddings(vectors, table, "f").save(folder / "index"), search)
-    def run(folder): return RunCheckpoint(folder).newest(torch.device("cpu"))
+    add(
+        "index", lambda folder: ShapeIndex.from_embeddings(vectors, table, "f").save(folder / "index"), search
+    )
+
+    def run(folder):
+        return RunCheckpoint(folder).newest(torch.device("cpu"))
+
     def two(folder):
-        for step in (2, 4): write_folder(folder / "checkpoints" / f"{step:08d}", {"state.pt": lambda path: torch.save({"step": step, "w": torch.zeros(9)}, path)}, {"step": step})
+        for step in (2, 4):
+            write_folder(
+                folder / "checkpoints" / f"{step:08d}",
+                {"state.pt": lambda path: torch.save({"step": step, "w": torch.zeros(9)}, path)},
+                {"step": step},
+            )
+
     add("run", two, run)
     state = {"state_dict": {"module.a.weight": torch.randn(4, 4), "b": torch.zeros(3)}, "epoch": 3}
-    add("checkpoint-pt", lambda folder: torch.save(state, folder / "w.pt"), lambda folder: read_checkpoint(folder / "w.pt"))
-    add("checkpoint-old", lambda folder: torch.save(state, folder / "w.pth", _use_new_zipfile_serialization=False), lambda folder: read_checkpoint(folder / "w.pth"))
-    add("checkpoint-safe", lambda folder: save_file(state["state_dict"], folder / "w.safetensors"), lambda folder: read_checkpoint(folder / "w.safetensors"))
+    add(
+        "checkpoint-pt",
+        lambda folder: torch.save(state, folder / "w.pt"),
+        lambda folder: read_checkpoint(folder / "w.pt"),
+    )
+    add(
+        "checkpoint-old",
+        lambda folder: torch.save(state, folder / "w.pth", _use_new_zipfile_serialization=False),
+        lambda folder: read_checkpoint(folder / "w.pth"),
+    )
+    add(
+        "checkpoint-safe",
+        lambda folder: save_file(state["state_dict"], folder / "w.safetensors"),
+        lambda folder: read_checkpoint(folder / "w.safetensors"),
+    )
     nano = cg3d.load("nano")
-    small = Path(cg3d.model.__file__).parents[1] / "data" / "nano-3d"
-    add("model", lambda folder: shutil.copy(small / "config.json", folder), lambda folder: (shutil.copy(small / "model.safetensors", folder), cg3d.load(folder, backbone=nano.backbone)), ["config.json"])
-    add("recipe", lambda folder: shutil.copy(Path(__file__).parents[1] / "recipes" / "quick.yaml", folder), lambda folder: read_recipe(str(folder / "quick.yaml")))
-    add("pickle", lambda folder: (folder / "p.dat").write_bytes(pickle.dumps([[vectors], [1, 2], {"a": (1, "x")}])), lambda folder: load_pickle(folder / "p.dat"))
-    add("npy", lambda folder: np.save(folder / "o.npy", np.array({"xyz": vectors}, object), allow_pickle=True), lambda folder: load_npy(folder / "o.npy"))
-    for name, write in (("cg3d", miniatures.cg3d), ("ulip", miniatures.ulip), ("modelnet_text", miniatures.modelnet_text), ("modelnet_h5", miniatures.modelnet_h5), ("modelnet_pickle", miniatures.modelnet_pickle),
-                        ("objaverse", miniatures.objaverse), ("uni3d_lvis", miniatures.uni3d_lvis), ("ulip_lvis", miniatures.ulip_lvis), ("scannet", miniatures.scannet), ("folder", miniatures.folder)):
+    small = Path(cg3d.models.cg3d.__file__).parents[1] / "data" / "nano-3d"
+    add(
+        "model",
+        lambda folder: shutil.copy(small / "config.json", folder),
+        lambda folder: (
+            shutil.copy(small / "model.safetensors", folder),
+            cg3d.load(folder, backbone=nano.backbone),
+        ),
+        ["config.json"],
+    )
+    add(
+        "recipe",
+        lambda folder: shutil.copy(Path(__file__).parents[1] / "recipes" / "quick.yaml", folder),
+        lambda folder: read_recipe(str(folder / "quick.yaml")),
+    )
+    add(
+        "pickle",
+        lambda folder: (folder / "p.dat").write_bytes(pickle.dumps([[vectors], [1, 2], {"a": (1, "x")}])),
+        lambda folder: load_pickle(folder / "p.dat"),
+    )
+    add(
+        "npy",
+        lambda folder: np.save(folder / "o.npy", np.array({"xyz": vectors}, object), allow_pickle=True),
+        lambda folder: load_npy(folder / "o.npy"),
+    )
+    for name, write in (
+        ("cg3d", miniatures.cg3d),
+        ("ulip", miniatures.ulip),
+        ("modelnet_text", miniatures.modelnet_text),
+        ("modelnet_h5", miniatures.modelnet_h5),
+        ("modelnet_pickle", miniatures.modelnet_pickle),
+        ("objaverse", miniatures.objaverse),
+        ("uni3d_lvis", miniatures.uni3d_lvis),
+        ("ulip_lvis", miniatures.ulip_lvis),
+        ("scannet", miniatures.scannet),
+        ("folder", miniatures.folder),
+    ):
         root = {}
-        def dataset(folder, write=write): root["at"] = Path(write(folder)).relative_to(folder)
+
+        def dataset(folder, write=write):
+            root["at"] = Path(write(folder)).relative_to(folder)
+
         add(f"data-{name}", dataset, lambda folder, at=root: walk(folder / at["at"]))
-    for one in [one for one in made if one.name.startswith(("checkpoint-safe", "embeddings-", "shape/cloud.npz", "shape/mesh.obj"))]: # and what `cg3d info` says of it
-        made.append(Seed(f"info-{one.name}", one.folder, one.file, lambda folder, file=one.file: describe(folder / file)))
+    for one in [
+        one
+        for one in made
+        if one.name.startswith(("checkpoint-safe", "embeddings-", "shape/cloud.npz", "shape/mesh.obj"))
+    ]:  # and what `cg3d info` says of it
+        made.append(
+            Seed(
+                f"info-{one.name}",
+                one.folder,
+                one.file,
+                lambda folder, file=one.file: describe(folder / file),
+            )
+        )
     return made
 
 
@@ -154,33 +307,79 @@ def mutate(data: bytes, other: bytes, rng: random.Random) -> bytes:
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(len(data) + 1)
         kind = rng.randrange(9)
-        if kind == 0 and data: # a bit
-            at = rng.randrange(len(data)); data = data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1:]
-        elif kind == 1: data = data[:at] # cut
-        elif kind == 2: data = data[:at] + rng.randbytes(rng.randint(1, 16)) + data[at + rng.randint(0, 16):]
-        elif kind == 3: data = data[:at] + data[at:at + rng.randint(1, 200)] * rng.randint(2, 20) + data[at:] # repeat
-        elif kind == 4: data = data[:at] + data[at + rng.randint(1, 64):] # drop
-        elif kind == 5: # a number in text
+        if kind == 0 and data:  # a bit
+            at = rng.randrange(len(data))
+            data = data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
+        elif kind == 1:
+            data = data[:at]  # cut
+        elif kind == 2:
+            data = data[:at] + rng.randbytes(rng.randint(1, 16)) + data[at + rng.randint(0, 16) :]
+        elif kind == 3:
+            data = data[:at] + data[at : at + rng.randint(1, 200)] * rng.randint(2, 20) + data[at:]  # repeat
+        elif kind == 4:
+            data = data[:at] + data[at + rng.randint(1, 64) :]  # drop
+        elif kind == 5:  # a number in text
             numbers = list(re.finditer(rb"-?\d+", data[:65536]))
             if numbers:
                 found = rng.choice(numbers)
-                data = data[:found.start()] + rng.choice([b"-1", b"0", b"99999999999", b"4294967295", b"1e400", b"nan", b"2147483648", b"10000000", b"x"]) + data[found.end():]
-        elif kind == 6: data = data[:at] + rng.choice([b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\0\0", b"\0\0\0\x80", b"\x80\x96\x98\0"]) + data[at + 4:] # a number in bytes
-        elif kind == 7: data = data[:at] + other[rng.randrange(len(other) + 1):]
-        else: data = data[:at] + rng.choice([b"../../../../etc/passwd", b"[" * 20_000, b"{\"a\":" * 5_000, b"\0" * 64, b"file:///etc/passwd", b"\n" * 100, b"&a [*a, *a]"]) + data[at:]
+                data = (
+                    data[: found.start()]
+                    + rng.choice(
+                        [
+                            b"-1",
+                            b"0",
+                            b"99999999999",
+                            b"4294967295",
+                            b"1e400",
+                            b"nan",
+                            b"2147483648",
+                            b"10000000",
+                            b"x",
+                        ]
+                    )
+                    + data[found.end() :]
+                )
+        elif kind == 6:
+            data = (
+                data[:at]
+                + rng.choice(
+                    [b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\0\0", b"\0\0\0\x80", b"\x80\x96\x98\0"]
+                )
+                + data[at + 4 :]
+            )  # a number in bytes
+        elif kind == 7:
+            data = data[:at] + other[rng.randrange(len(other) + 1) :]
+        else:
+            data = (
+                data[:at]
+                + rng.choice(
+                    [
+                        b"../../../../etc/passwd",
+                        b"[" * 20_000,
+                        b'{"a":' * 5_000,
+                        b"\0" * 64,
+                        b"file:///etc/passwd",
+                        b"\n" * 100,
+                        b"&a [*a, *a]",
+                    ]
+                )
+                + data[at:]
+            )
     return data
 
 
-def outcome(seed: Seed, data: bytes) -> tuple[str, str]: # read, refused, or what is wrong; words
+def outcome(seed: Seed, data: bytes) -> tuple[str, str]:  # read, refused, or what is wrong; words
     "Read one input, which stands in the place of the sound file for a while."
     file = seed.folder / seed.file
     sound = file.read_bytes()
     file.write_bytes(data)
-    try: return in_a_process(seed)
-    finally: file.write_bytes(sound)
+    try:
+        return in_a_process(seed)
+    finally:
+        file.write_bytes(sound)
 
 
-def in_a_process(seed: Seed) -> tuple[str, str]: # as above
+def in_a_process(seed: Seed) -> tuple[str, str]:  # as above
     "Read the folder of a seed in a process of its own."
     out, into = os.pipe()
     process = os.fork()
@@ -194,22 +393,39 @@ def in_a_process(seed: Seed) -> tuple[str, str]: # as above
         pages = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + 6 * GIB, size + 6 * GIB))
-        try: seed.read(seed.folder); told = ("read", "")
-        except Cg3dError as error: told = ("refused", str(error)[:300])
+        try:
+            seed.read(seed.folder)
+            told = ("read", "")
+        except Cg3dError as error:
+            told = ("refused", str(error)[:300])
         except BaseException as error:
             at = error.__traceback__
-            while at.tb_next: at = at.tb_next
-            told = (f"{type(error).__name__}", f"{str(error)[:200]} at {at.tb_frame.f_code.co_filename}:{at.tb_lineno}")
+            while at.tb_next:
+                at = at.tb_next
+            told = (
+                f"{type(error).__name__}",
+                f"{str(error)[:200]} at {at.tb_frame.f_code.co_filename}:{at.tb_lineno}",
+            )
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - pages
-        if grown > GIB: told = ("memory", f"{grown / GIB:.1f} GiB; {told}")
+        if grown > GIB:
+            told = ("memory", f"{grown / GIB:.1f} GiB; {told}")
         os.write(into, json.dumps(told).encode())
         os._exit(0)
     os.close(into)
-    with os.fdopen(out, "rb") as file: told = file.read()
+    with os.fdopen(out, "rb") as file:
+        told = file.read()
     status = os.waitpid(process, 0)[1]
-    if told: return tuple(json.loads(told))
-    slow = {signal.SIGPROF: f"computes for more than {SECONDS} s", signal.SIGALRM: f"waits for more than {WAIT} s"}
-    return ("hang", slow[os.WTERMSIG(status)]) if os.WIFSIGNALED(status) and os.WTERMSIG(status) in slow else ("crash", f"status {status}")
+    if told:
+        return tuple(json.loads(told))
+    slow = {
+        signal.SIGPROF: f"computes for more than {SECONDS} s",
+        signal.SIGALRM: f"waits for more than {WAIT} s",
+    }
+    return (
+        ("hang", slow[os.WTERMSIG(status)])
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) in slow
+        else ("crash", f"status {status}")
+    )
 
 
 def fuzz(count: int, seed: int = 0, keep: Path | None = None) -> tuple[Counter, list[tuple[str, str, str]]]:
@@ -219,7 +435,8 @@ def fuzz(count: int, seed: int = 0, keep: Path | None = None) -> tuple[Counter, 
         made = seeds(Path(folder))
         for one in made:
             kind, words = outcome(one, (one.folder / one.file).read_bytes())
-            if kind != "read": wrong.append((one.name, f"sound, {kind}", words))
+            if kind != "read":
+                wrong.append((one.name, f"sound, {kind}", words))
         for turn in range(count):
             one, other = made[turn % len(made)], rng.choice(made)
             data = mutate((one.folder / one.file).read_bytes(), (other.folder / other.file).read_bytes(), rng)
@@ -227,19 +444,34 @@ def fuzz(count: int, seed: int = 0, keep: Path | None = None) -> tuple[Counter, 
             kind, words = outcome(one, data)
             counts[kind] += 1
             spent[one.name] = spent.get(one.name, 0) + time.monotonic() - begin
-            if kind in ("read", "refused"): continue
+            if kind in ("read", "refused"):
+                continue
             wrong.append((one.name, kind, words))
-            if keep: keep.mkdir(parents=True, exist_ok=True), (keep / f"{len(wrong):03d}-{one.name.replace('/', '-')}").write_bytes(data)
-    print('slowest kinds, seconds:', {name: round(spent[name], 1) for name in sorted(spent, key=spent.get)[-8:]}, len(made), 'seeds')
+            if keep:
+                (
+                    keep.mkdir(parents=True, exist_ok=True),
+                    (keep / f"{len(wrong):03d}-{one.name.replace('/', '-')}").write_bytes(data),
+                )
+    print(
+        "slowest kinds, seconds:",
+        {name: round(spent[name], 1) for name in sorted(spent, key=spent.get)[-8:]},
+        len(made),
+        "seeds",
+    )
     return counts, wrong
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=5000), parser.add_argument("--seed", type=int, default=0), parser.add_argument("--keep", type=Path)
+    (
+        parser.add_argument("--count", type=int, default=5000),
+        parser.add_argument("--seed", type=int, default=0),
+        parser.add_argument("--keep", type=Path),
+    )
     asked, start = parser.parse_args(), time.monotonic()
     torch.set_num_threads(1)
     counts, wrong = fuzz(asked.count, asked.seed, asked.keep)
-    for name, kind, words in wrong: print(f"{name}: {kind}: {words}")
+    for name, kind, words in wrong:
+        print(f"{name}: {kind}: {words}")
     print(f"{sum(counts.values()):,} inputs in {time.monotonic() - start:.0f} s: {dict(counts)}")
     sys.exit(bool(wrong))

@@ -5,8 +5,9 @@
 
 Two sets of vectors. `shapes`: the 790 furniture shapes, each embedded by the shipped model four times (as it is, and turned, scaled, half hidden); three of the four are mixed with near ones
 of other shapes and moved by differences of views of one shape until there are enough, and turned into 512 dimensions, which changes no cosine. Asked with the fourth embedding of each shape (in no
-mixture) and with its texts, which lie far from every shape. `grouped`: directions around random centres, 200 to a centre, asked with others of the same groups.
+mixture) and with its texts, which lie far from every shape. `grouped`: directions around random centers, 200 to a center, asked with others of the same groups.
 The truth is the exact scan. `SETS`, `KINDS` and `ROWS` choose parts; FOLDER (the temporary one if not set) needs 5 GB for a million rows."""
+
 import multiprocessing
 import os
 import sys
@@ -21,11 +22,11 @@ import torch
 from threadpoolctl import threadpool_limits
 
 import cg3d
-from cg3d.index import ShapeIndex, search_shards
-from cg3d.points import Augment
-from cg3d.shapes import furniture
-from cg3d.timing import Row, peak_memory, report
-from cg3d.vectors import IVFPQ_LEAST, approximate_top, exact_top, unit_rows
+from cg3d.data.furniture import furniture
+from cg3d.geometry.augment import Augment
+from cg3d.search.backends import IVFPQ_LEAST, approximate_top, exact_top, unit_rows
+from cg3d.search.index import ShapeIndex, search_shards
+from cg3d.zz.timing import Row, peak_memory, report
 
 DIM, PIECE = 512, 50_000  # length of a vector; rows made together
 
@@ -33,9 +34,24 @@ DIM, PIECE = 512, 50_000  # length of a vector; rows made together
 def seen(limit: int) -> tuple[np.ndarray, np.ndarray]:
     "Embeddings of `limit` shapes, (N, 4, D), and of their texts, (T, D)"
     model, shapes, generator = cg3d.load("nano"), furniture(), torch.Generator().manual_seed(0)
-    points, change = shapes.points(slice(limit)), Augment(rotate=180, one_sided=0.3, scale=(0.8, 1.2), scale_per_axis=True, jitter=0.01, colour_jitter=0.2)
-    views = [torch.cat([model.embed(part) for part in given.split(64)]) for given in (points, *(change(points, generator) for _ in range(3)))]
-    texts = sorted({text for column in ("name", "caption", "query") for text in shapes.table[column][:limit] if text.strip()})
+    points, change = (
+        shapes.points(slice(limit)),
+        Augment(
+            rotate=180, one_sided=0.3, scale=(0.8, 1.2), scale_per_axis=True, jitter=0.01, color_jitter=0.2
+        ),
+    )
+    views = [
+        torch.cat([model.embed(part) for part in given.split(64)])
+        for given in (points, *(change(points, generator) for _ in range(3)))
+    ]
+    texts = sorted(
+        {
+            text
+            for column in ("name", "caption", "query")
+            for text in shapes.table[column][:limit]
+            if text.strip()
+        }
+    )
     return torch.stack(views, 1).numpy(), model.embed_text(texts).numpy()
 
 
@@ -45,22 +61,34 @@ def mixed(views: np.ndarray, texts: np.ndarray):
     known, owner = views[:, :-1].reshape(-1, length), np.repeat(np.arange(count), turns - 1)
     near = np.argsort(np.where(owner[:, None] == owner, 2, -known @ known.T), 1)[:, :16]
     turn = np.linalg.qr(rng.standard_normal((DIM, length)))[0].T.astype(np.float32)
+
     def draw(rows: int) -> np.ndarray:
         first = rng.integers(len(known), size=rows)
         share, second = rng.random((rows, 1), dtype=np.float32), near[first, rng.integers(16, size=rows)]
         part = (1 - share) * known[first] + share * known[second]
         for _ in range(4):
             shape, (one, other) = rng.integers(count, size=rows), rng.integers(turns - 1, size=(2, rows))
-            part += rng.standard_normal((rows, 1), dtype=np.float32) / 2 * (views[shape, one] - views[shape, other])
+            part += (
+                rng.standard_normal((rows, 1), dtype=np.float32)
+                / 2
+                * (views[shape, one] - views[shape, other])
+            )
         return unit_rows(part @ turn)
+
     return draw, {"shape": views[:, -1] @ turn, "text": texts @ turn}, known
 
 
 def grouped(count: int):
     "How a piece of `grouped` is drawn, and its queries"
     rng, groups = np.random.default_rng(0), count // 200
-    centres = rng.standard_normal((groups, DIM), dtype=np.float32)
-    def draw(rows: int) -> np.ndarray: return unit_rows(centres[rng.integers(groups, size=rows)] + 0.7 * rng.standard_normal((rows, DIM), dtype=np.float32))
+    centers = rng.standard_normal((groups, DIM), dtype=np.float32)
+
+    def draw(rows: int) -> np.ndarray:
+        return unit_rows(
+            centers[rng.integers(groups, size=rows)]
+            + 0.7 * rng.standard_normal((rows, DIM), dtype=np.float32)
+        )
+
     return draw, {"shape": draw(1000)}
 
 
@@ -70,31 +98,63 @@ def dimensions(vectors: np.ndarray) -> float:
     return float(spread.sum() ** 2 / (spread**2).sum())
 
 
-def write(folder: Path, rows: int, draw, queries: dict, asked: int) -> float: # effective dimension
+def write(folder: Path, rows: int, draw, queries: dict, asked: int) -> float:  # effective dimension
     "vectors.npy, and each kind of query with its ten nearest rows"
     vectors = np.lib.format.open_memmap(folder / "vectors.npy", "w+", np.float32, (rows, DIM))
-    for first in range(0, rows, PIECE): vectors[first : first + PIECE] = draw(min(PIECE, rows - first))
+    for first in range(0, rows, PIECE):
+        vectors[first : first + PIECE] = draw(min(PIECE, rows - first))
     for name, asks in queries.items():
         asks = unit_rows(asks[np.random.default_rng(1).permutation(len(asks))[:asked]])
-        np.savez(folder / f"{name}.npz", asks=asks, truth=[row for first in range(0, len(asks), 250) for _, row in exact_top(vectors, asks[first : first + 250], 10)])
+        np.savez(
+            folder / f"{name}.npz",
+            asks=asks,
+            truth=[
+                row
+                for first in range(0, len(asks), 250)
+                for _, row in exact_top(vectors, asks[first : first + 250], 10)
+            ],
+        )
     return dimensions(vectors[:PIECE])
 
 
 def build(folder: Path, kind: str) -> dict:
     "Build and save one index"
     vectors = np.load(folder / "vectors.npy", mmap_mode="r")
-    table = pd.DataFrame({"id": np.arange(len(vectors)).astype(str), "name": "a shape", "category": np.arange(len(vectors)) % 200, "height": np.linspace(0, 2, len(vectors))})
-    index, start, work = ShapeIndex.from_embeddings(vectors, table, "0" * 64, "vectors", kind), time.perf_counter(), time.process_time()
-    if kind != "exact": index.structure()
-    facts = {"build": time.perf_counter() - start, "build cpu": time.process_time() - work, "peak": peak_memory()}
+    table = pd.DataFrame(
+        {
+            "id": np.arange(len(vectors)).astype(str),
+            "name": "a shape",
+            "category": np.arange(len(vectors)) % 200,
+            "height": np.linspace(0, 2, len(vectors)),
+        }
+    )
+    index, start, work = (
+        ShapeIndex.from_embeddings(vectors, table, "0" * 64, "vectors", kind),
+        time.perf_counter(),
+        time.process_time(),
+    )
+    if kind != "exact":
+        index.structure()
+    facts = {
+        "build": time.perf_counter() - start,
+        "build cpu": time.process_time() - work,
+        "peak": peak_memory(),
+    }
     index.save(folder / kind)
-    return facts | {"bytes": sum(path.stat().st_size for path in (folder / kind).glob("faiss*")) / len(vectors)}
+    return facts | {
+        "bytes": sum(path.stat().st_size for path in (folder / kind).glob("faiss*")) / len(vectors)
+    }
 
 
 def resident() -> float:
     "MiB of this process that no file stands behind; not known outside Linux"
-    try: return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
-    except OSError: return float("nan")
+    try:
+        return (
+            next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+            / 1024
+        )
+    except OSError:
+        return float("nan")
 
 
 def ask(folder: Path, kind: str, asked: int, shards: int) -> dict:
@@ -109,18 +169,31 @@ def ask(folder: Path, kind: str, asked: int, shards: int) -> dict:
     with threadpool_limits(1):
         for name, (asks, truth) in queries.items():
             asks = asks[:asked]
-            for turn in ("cold", "warm"):  # rows that the first turn reads from the disk are in the page cache at the second
+            for turn in (
+                "cold",
+                "warm",
+            ):  # rows that the first turn reads from the disk are in the page cache at the second
                 wall, cpu, found = [], [], []
                 for query in asks:
                     start, work = time.perf_counter(), time.thread_time()
                     found.append(index.search(query)["row"].to_numpy())
                     wall.append(time.perf_counter() - start), cpu.append(time.thread_time() - work)
-                if turn == "cold": cold = np.median(wall)
-            facts[name] = {"recall": np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, truth)]), "p50": np.median(wall), "p99": np.quantile(wall, 0.99), "cpu": np.median(cpu), "cold": cold, "asked": len(asks)}
+                if turn == "cold":
+                    cold = np.median(wall)
+            facts[name] = {
+                "recall": np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, truth)]),
+                "p50": np.median(wall),
+                "p99": np.quantile(wall, 0.99),
+                "cpu": np.median(cpu),
+                "cold": cold,
+                "asked": len(asks),
+            }
         asks, bare = queries["shape"][0][:asked], []
         for query in asks[:50]:
             work = time.thread_time()
-            exact_top(index.vectors, query[None], 10) if kind == "exact" else approximate_top(index.structure(), index.vectors, query[None], 10)
+            exact_top(index.vectors, query[None], 10) if kind == "exact" else approximate_top(
+                index.structure(), index.vectors, query[None], 10
+            )
             bare.append(time.thread_time() - work)
         start = time.perf_counter()
         index.search(asks[0], where="height < 1")
@@ -144,38 +217,107 @@ def ask(folder: Path, kind: str, asked: int, shards: int) -> dict:
 
 def alone(work, *given):
     "Run a function in a new process, so that memory is its own"
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool: return pool.submit(work, *given).result()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *given).result()
 
 
 def rows_of(name: str, kind: str, rows: int, made: dict, got: dict) -> list[Row]:
     "What is told of one kind"
-    def told(what, value, unit, target="", met=None, note=""): return Row("search", f"{what}, {kind}, {rows:,} x {DIM} {name}", float(value), unit, target=target, met=None if met is None else bool(met), note=note)
+
+    def told(what, value, unit, target="", met=None, note=""):
+        return Row(
+            "search",
+            f"{what}, {kind}, {rows:,} x {DIM} {name}",
+            float(value),
+            unit,
+            target=target,
+            met=None if met is None else bool(met),
+            note=note,
+        )
+
     at = f"wall time, {os.getloadavg()[0]:.0f} jobs on {os.cpu_count()} cores, this one among them"
     promised = rows >= 1_000_000 and kind in ("hnsw", "ivfpq")  # targets are for a million rows
-    def aim(text: str, met: bool) -> dict: return {"target": text, "met": met} if promised else {}
+
+    def aim(text: str, met: bool) -> dict:
+        return {"target": text, "met": met} if promised else {}
+
     small = aim("<= 80", made["bytes"] <= 80) if kind == "ivfpq" else {}
-    out = [told("build", made["build"], "s", note=f"{made['build cpu']:.0f} s of processor; peak {made['peak']:,.0f} MiB, mapped vectors included; {at}"),
-           told("bytes a vector of the structure", made["bytes"], "bytes", **small, note=f"the vectors ({4 * DIM:,} bytes each) stay in their file, memory-mapped, and are read for re-ranking; memory of the process grew by {got['resident']:,.0f} MiB at the first query, table of words included")]
+    out = [
+        told(
+            "build",
+            made["build"],
+            "s",
+            note=f"{made['build cpu']:.0f} s of processor; peak {made['peak']:,.0f} MiB, mapped vectors included; {at}",
+        ),
+        told(
+            "bytes a vector of the structure",
+            made["bytes"],
+            "bytes",
+            **small,
+            note=f"the vectors ({4 * DIM:,} bytes each) stay in their file, memory-mapped, and are read for re-ranking; memory of the process grew by {got['resident']:,.0f} MiB at the first query, table of words included",
+        ),
+    ]
     for asks in ("shape", "text"):
-        if asks not in got: continue
+        if asks not in got:
+            continue
         it = got[asks]
-        out += [told(f"recall@10 of {asks} queries", it["recall"], "", **aim(">= 0.95", it["recall"] >= 0.95), note=f"{it['asked']:,} queries"),
-                told(f"one {asks} query, p50", 1e3 * it["p50"], "ms", **aim("<= 3 ms", it["p50"] <= 0.003),
-                     note=f"p99 {1e3 * it['p99']:.2f} ms; processor time {1e3 * it['cpu']:.2f} ms; p50 of the turn before, in which rows came from the disk, {1e3 * it['cold']:.2f} ms; one thread, ShapeIndex.search with its table of answers, {it['asked']:,} queries; {at}")]
-    out += [told("the same without the table of answers, processor time", 1e3 * got["bare"], "ms"), told("all queries at once", got["batch"], "queries/s", note="two threads"),
-            told("open", 1e3 * got["open"], "ms", note=f"first query {got['first']:.2f} s: it reads the structure, checks its hash, and reads the table"),
-            told("one query with a filter that half of the rows match", 1e3 * got["filter"], "ms", note="exact, whatever the kind")]
+        out += [
+            told(
+                f"recall@10 of {asks} queries",
+                it["recall"],
+                "",
+                **aim(">= 0.95", it["recall"] >= 0.95),
+                note=f"{it['asked']:,} queries",
+            ),
+            told(
+                f"one {asks} query, p50",
+                1e3 * it["p50"],
+                "ms",
+                **aim("<= 3 ms", it["p50"] <= 0.003),
+                note=f"p99 {1e3 * it['p99']:.2f} ms; processor time {1e3 * it['cpu']:.2f} ms; p50 of the turn before, in which rows came from the disk, {1e3 * it['cold']:.2f} ms; one thread, ShapeIndex.search with its table of answers, {it['asked']:,} queries; {at}",
+            ),
+        ]
+    out += [
+        told("the same without the table of answers, processor time", 1e3 * got["bare"], "ms"),
+        told("all queries at once", got["batch"], "queries/s", note="two threads"),
+        told(
+            "open",
+            1e3 * got["open"],
+            "ms",
+            note=f"first query {got['first']:.2f} s: it reads the structure, checks its hash, and reads the table",
+        ),
+        told(
+            "one query with a filter that half of the rows match",
+            1e3 * got["filter"],
+            "ms",
+            note="exact, whatever the kind",
+        ),
+    ]
     if "shards" in got:
         it = got["shards"]
-        out.append(told(f"{SHARDS} shards, one query, p50", 1e3 * it["p50"], "ms", note=f"p99 {1e3 * it['p99']:.1f} ms, resident {it['resident']:,.0f} MiB. Simulated: the same index opened {SHARDS} times, each with a structure and a table of its own in memory, "
-                        "asked one after the other on one thread and merged; the file of vectors is shared, so the disk is read less than by that many files"))
+        out.append(
+            told(
+                f"{SHARDS} shards, one query, p50",
+                1e3 * it["p50"],
+                "ms",
+                note=f"p99 {1e3 * it['p99']:.1f} ms, resident {it['resident']:,.0f} MiB. Simulated: the same index opened {SHARDS} times, each with a structure and a table of its own in memory, "
+                "asked one after the other on one thread and merged; the file of vectors is shared, so the disk is read less than by that many files",
+            )
+        )
     return out
 
 
 def curve(name: str, kind: str, rows: int, made: dict, got: dict) -> list[Row]:
     "One size of a kind, as a point of its curves"
-    return [Row("search", f"{what}, {kind}, {name}", float(value), unit, along="rows", at=rows)
-            for what, value, unit in (("build", made["build"], "s"), ("peak of the build", made["peak"], "MiB"), ("one query, p50", 1e3 * got["shape"]["p50"], "ms")) if what != "build" or kind != "exact"] # which has nothing to build
+    return [
+        Row("search", f"{what}, {kind}, {name}", float(value), unit, along="rows", at=rows)
+        for what, value, unit in (
+            ("build", made["build"], "s"),
+            ("peak of the build", made["peak"], "MiB"),
+            ("one query, p50", 1e3 * got["shape"]["p50"], "ms"),
+        )
+        if what != "build" or kind != "exact"
+    ]  # which has nothing to build
 
 
 def cut(folder: Path, rows: int) -> Path:
@@ -191,31 +333,73 @@ def cut(folder: Path, rows: int) -> Path:
 
 SHARDS = 10
 
+
 def measure(quick: bool) -> list[Row]:
     "Recall, latency, size and build time of each kind of index"
     rows, asked = int(os.environ.get("ROWS", 20_000 if quick else 1_000_000)), 100 if quick else 1000
-    sets, kinds, out = os.environ.get("SETS", "shapes").split(), os.environ.get("KINDS", "exact flat hnsw ivfpq").split(), []
+    sets, kinds, out = (
+        os.environ.get("SETS", "shapes").split(),
+        os.environ.get("KINDS", "exact flat hnsw ivfpq").split(),
+        [],
+    )
     torch.set_num_threads(2)
-    os.environ["OMP_WAIT_POLICY"] = "passive"  # of the processes to come: no spinning while other jobs want the core
+    os.environ["OMP_WAIT_POLICY"] = (
+        "passive"  # of the processes to come: no spinning while other jobs want the core
+    )
     for name in sets:
         with tempfile.TemporaryDirectory(dir=os.environ.get("FOLDER")) as place:
             folder, real = Path(place), float("nan")
             if name == "shapes":
                 draw, queries, known = mixed(*seen(64 if quick else 790))
                 real = dimensions(known)
-            else: draw, queries = grouped(rows)
+            else:
+                draw, queries = grouped(rows)
             made = write(folder, rows, draw, queries, asked)
-            out.append(Row("search", f"effective dimension, {rows:,} x {DIM} {name}", made, "", note=f"of the embeddings it is made of: {real:.1f}" if name == "shapes" else ""))
-            smaller = [cut(folder, count) for count in (rows // 100, rows // 10)] if rows // 100 >= IVFPQ_LEAST else []
+            out.append(
+                Row(
+                    "search",
+                    f"effective dimension, {rows:,} x {DIM} {name}",
+                    made,
+                    "",
+                    note=f"of the embeddings it is made of: {real:.1f}" if name == "shapes" else "",
+                )
+            )
+            smaller = (
+                [cut(folder, count) for count in (rows // 100, rows // 10)]
+                if rows // 100 >= IVFPQ_LEAST
+                else []
+            )
             for kind in kinds:
                 facts = alone(build, folder, kind)
-                told = alone(ask, folder, kind, asked if kind in ("hnsw", "ivfpq") else min(asked, 50), SHARDS if kind == "ivfpq" else 0)
+                told = alone(
+                    ask,
+                    folder,
+                    kind,
+                    asked if kind in ("hnsw", "ivfpq") else min(asked, 50),
+                    SHARDS if kind == "ivfpq" else 0,
+                )
                 out += rows_of(name, kind, rows, facts, told)
-                print(*(f"{row.what}: {row.value:.4g} {row.unit}" for row in out[-12:]), sep="\n", file=sys.stderr, flush=True)
+                print(
+                    *(f"{row.what}: {row.value:.4g} {row.unit}" for row in out[-12:]),
+                    sep="\n",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 if kind in ("exact", "ivfpq") and smaller:
-                    out += [each for place in smaller for each in curve(name, kind, int(place.name), alone(build, place, kind), alone(ask, place, kind, 200, 0))]
+                    out += [
+                        each
+                        for place in smaller
+                        for each in curve(
+                            name,
+                            kind,
+                            int(place.name),
+                            alone(build, place, kind),
+                            alone(ask, place, kind, 200, 0),
+                        )
+                    ]
                     out += curve(name, kind, rows, facts, told)
     return out
 
 
-if __name__ == "__main__": report(measure)
+if __name__ == "__main__":
+    report(measure)

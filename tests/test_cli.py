@@ -1,4 +1,5 @@
 """The program `cg3d`: answers, exit codes, bad input, interrupted runs; and how models and embeddings are shared."""
+
 import json
 import os
 import re
@@ -18,24 +19,54 @@ from PIL import Image
 from typer.core import TyperCommand
 from typer.testing import CliRunner
 
-import cg3d.cli
-from cg3d.bulk import Journal, open_source
-from cg3d.cli import JobCommand, app, read_labels
-from cg3d.describe import describe
-from cg3d.model import CG3D, load
-from cg3d.queries import model_fingerprint
-from cg3d.runjob import job_notebook, job_values, parameters_of
-from cg3d.shapes import furniture, read_shape, write_collection
-from cg3d.share import Embeddings, from_arrow, from_pretrained, model_card, read_embeddings, to_arrow, write_embeddings
+import cg3d.cli.app
+from cg3d.cli.app import JobCommand, app, read_labels
+from cg3d.cli.info import describe
+from cg3d.cli.jobs import job_notebook, job_values, parameters_of
+from cg3d.data.furniture import furniture
+from cg3d.io.collection import write_collection
+from cg3d.io.shape import read_shape
+from cg3d.models.cg3d import CG3D, load
+from cg3d.pretrained.hub import (
+    Embeddings,
+    from_arrow,
+    from_pretrained,
+    model_card,
+    read_embeddings,
+    to_arrow,
+    write_embeddings,
+)
+from cg3d.search.batch_embed import Journal, open_source
+from cg3d.search.encode import model_fingerprint
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("classify", "embed", "index", "search", "render", "train", "evaluate", "finetune", "check-data", "info", "download")
+COMMANDS = (
+    "classify",
+    "embed",
+    "index",
+    "search",
+    "render",
+    "train",
+    "evaluate",
+    "finetune",
+    "check-data",
+    "info",
+    "download",
+)
 
 
 def program(*words, **options):
     """The program in a process of its own; Ctrl-C reaches it even where the tests run in the background, whose children ignore it."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | options.pop("env", {})
-    return subprocess.Popen([sys.executable, "-m", "cg3d.cli", *map(str, words)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
+    return subprocess.Popen(
+        [sys.executable, "-m", "cg3d.cli.app", *map(str, words)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **options,
+    )
 
 
 def call(*words):
@@ -47,8 +78,11 @@ def refused(done, *patterns):
     """One line on standard error that says what to do, exit code 2, no traceback."""
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert done.exit_code == 2 and "Traceback" not in done.output, done.output
-    assert lines and lines[-1].startswith("error: ") and sum(line.startswith("error: ") for line in lines) == 1, lines
-    for pattern in patterns: assert re.search(pattern, lines[-1]), (pattern, lines[-1])
+    assert (
+        lines and lines[-1].startswith("error: ") and sum(line.startswith("error: ") for line in lines) == 1
+    ), lines
+    for pattern in patterns:
+        assert re.search(pattern, lines[-1]), (pattern, lines[-1])
     return lines
 
 
@@ -60,8 +94,12 @@ def nano() -> CG3D:
 @pytest.fixture(autouse=True)
 def loaded_once(request, monkeypatch):
     """`--model nano` without reading it again for every call; other names take the way they always take."""
-    real = cg3d.cli.load_model
-    monkeypatch.setattr(cg3d.cli, "load_model", lambda name, *rest: request.getfixturevalue("nano") if name == "nano" else real(name, *rest))
+    real = cg3d.cli.app.load_model
+    monkeypatch.setattr(
+        cg3d.cli.app,
+        "load_model",
+        lambda name, *rest: request.getfixturevalue("nano") if name == "nano" else real(name, *rest),
+    )
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no hub
 
 
@@ -79,7 +117,9 @@ def table(some, nano) -> Path:
     """Their embeddings, as `cg3d embed` writes them."""
     source = open_source(some)
     matrix = nano.embed([source.read(i) for i in range(len(source))]).numpy()
-    return write_embeddings(some.parent / "e.parquet", Embeddings(matrix, source.table, "nano", model_fingerprint(nano)))
+    return write_embeddings(
+        some.parent / "e.parquet", Embeddings(matrix, source.table, "nano", model_fingerprint(nano))
+    )
 
 
 @pytest.fixture
@@ -101,8 +141,10 @@ def hundred(tmp_path) -> Path:
 
 # ------------------------------------------------------------------ help
 
+
 def test_help_is_quick_and_complete():
     import resource
+
     spent = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -115,8 +157,13 @@ def test_help_is_quick_and_complete():
 
 
 def test_the_program_imports_nothing_heavy():
-    code = "import sys, cg3d.cli; print(sorted({'torch', 'numpy', 'pandas', 'rich', 'papermill', 'huggingface_hub'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = "import sys, cg3d.cli.app; print(sorted({'torch', 'numpy', 'pandas', 'rich', 'papermill', 'huggingface_hub'} & set(sys.modules)))"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -139,21 +186,44 @@ def test_version_and_unknown_words():
 
 # ------------------------------------------------------------------ from a folder to answers
 
+
 def test_pipeline(some, nano, tmp_path):
     done = call("embed", some, "-o", tmp_path / "e.parquet", "--json")
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
-    assert told["shapes"] == 24 and told["dim"] == nano.config.dim and told["problems"] == [] and not (tmp_path / "e.parquet.part").exists()
+    assert (
+        told["shapes"] == 24
+        and told["dim"] == nano.config.dim
+        and told["problems"] == []
+        and not (tmp_path / "e.parquet.part").exists()
+    )
     frame = pd.read_parquet(tmp_path / "e.parquet")
-    assert {"id", "name", "category", "embedding"} <= set(frame) and frame["embedding"][0].dtype == np.float32 and frame["id"].is_unique
-    assert json.loads(call("index", tmp_path / "e.parquet", "-o", tmp_path / "lib.idx", "--json").stdout)["shapes"] == 24
-    found = json.loads(call("search", tmp_path / "lib.idx", "a round table", "-k", "5", "--json").stdout)["results"]
-    scores = np.stack(frame["embedding"]) @ nano.embed_text("a round table")[0].numpy()  # the slow, obvious way
+    assert (
+        {"id", "name", "category", "embedding"} <= set(frame)
+        and frame["embedding"][0].dtype == np.float32
+        and frame["id"].is_unique
+    )
+    assert (
+        json.loads(call("index", tmp_path / "e.parquet", "-o", tmp_path / "lib.idx", "--json").stdout)[
+            "shapes"
+        ]
+        == 24
+    )
+    found = json.loads(call("search", tmp_path / "lib.idx", "a round table", "-k", "5", "--json").stdout)[
+        "results"
+    ]
+    scores = (
+        np.stack(frame["embedding"]) @ nano.embed_text("a round table")[0].numpy()
+    )  # the slow, obvious way
     best = np.argsort(-scores)[:5]
     assert [row["id"] for row in found] == frame["id"][best].tolist()
     np.testing.assert_allclose([row["score"] for row in found], scores[best], atol=1e-5)
     assert found[0]["category"] == "table"
-    only = json.loads(call("search", tmp_path / "lib.idx", "a round table", "--where", "category == 'lamp'", "--json").stdout)["results"]
+    only = json.loads(
+        call(
+            "search", tmp_path / "lib.idx", "a round table", "--where", "category == 'lamp'", "--json"
+        ).stdout
+    )["results"]
     assert only and {row["category"] for row in only} == {"lamp"}
     assert "rank" in call("search", tmp_path / "lib.idx", "a lamp").stdout
     assert json.loads(call("info", tmp_path / "lib.idx", "--json").stdout)["kind"] == "index"
@@ -165,12 +235,19 @@ def test_search_by_shape_and_picture(table, tmp_path):
     trimesh.creation.cylinder(0.5, 0.1).export(tmp_path / "disc.glb")
     Image.new("RGB", (64, 64), "brown").save(tmp_path / "brown.png")
     for option, file in (("--shape", "disc.glb"), ("--image", "brown.png")):
-        assert len(json.loads(call("search", tmp_path / "lib.idx", option, tmp_path / file, "-k", 3, "--json").stdout)["results"]) == 3
+        assert (
+            len(
+                json.loads(
+                    call("search", tmp_path / "lib.idx", option, tmp_path / file, "-k", 3, "--json").stdout
+                )["results"]
+            )
+            == 3
+        )
     refused(call("search", tmp_path / "lib.idx"), "in one way")
     refused(call("search", tmp_path / "lib.idx", "a lamp", "--image", tmp_path / "brown.png"), "in one way")
     refused(call("search", tmp_path / "lib.idx", "--image", tmp_path / "disc.glb"), "not a picture")
     refused(call("search", tmp_path / "lib.idx", " "), "blank")
-    refused(call("search", tmp_path / "lib.idx", "a lamp", "--where", "colour == 'red'"), "no column 'colour'")
+    refused(call("search", tmp_path / "lib.idx", "a lamp", "--where", "color == 'red'"), "no column 'color'")
     refused(call("search", tmp_path / "none.idx", "a lamp"), "no such index", "cg3d index")
 
 
@@ -178,31 +255,52 @@ def test_three_broken_files_among_a_hundred(hundred, tmp_path):
     out = tmp_path / "e.npz"
     done = call("embed", hundred, "-o", out)
     lines = refused(done, r"3 of 100 shapes could not be read", "other 97", "--skip-broken")
-    assert [name for name in ("letter.glb", "empty.obj", "nan.npy") if any(name in line for line in lines[:-1])] == ["letter.glb", "empty.obj", "nan.npy"]
+    assert [
+        name for name in ("letter.glb", "empty.obj", "nan.npy") if any(name in line for line in lines[:-1])
+    ] == ["letter.glb", "empty.obj", "nan.npy"]
     read = read_embeddings(out)
-    assert len(read) == 97 and read.table["id"].is_unique and "deep/box01.ply" in set(read.table["id"]) and not Path(f"{out}.part").exists()
+    assert (
+        len(read) == 97
+        and read.table["id"].is_unique
+        and "deep/box01.ply" in set(read.table["id"])
+        and not Path(f"{out}.part").exists()
+    )
     again = call("embed", hundred, "-o", out, "--overwrite", "--skip-broken", "--json")
     assert again.exit_code == 0 and len(json.loads(again.stdout)["problems"]) == 3
     np.testing.assert_allclose(read_embeddings(out).matrix, read.matrix, atol=1e-6)
 
 
 def test_interrupted_and_resumed(hundred, tmp_path, monkeypatch, nano):
-    for name in ("letter.glb", "deep/empty.obj", "nan.npy"): (hundred / name).unlink()
+    for name in ("letter.glb", "deep/empty.obj", "nan.npy"):
+        (hundred / name).unlink()
     whole, torn = tmp_path / "whole.parquet", tmp_path / "torn.parquet"
     assert call("embed", hundred, "-o", whole).exit_code == 0
     count, embedded = [0], []
+
     def impatient(path, **options):
         count[0] += 1
-        if count[0] in (50, 80): raise KeyboardInterrupt
+        if count[0] in (50, 80):
+            raise KeyboardInterrupt
         return read_shape(path, **options)
+
     real = nano.embed
-    monkeypatch.setattr("cg3d.bulk.read_shape", impatient)
-    monkeypatch.setattr(nano, "embed", lambda shapes, *rest: embedded.extend(shape.source for shape in shapes) or real(shapes, *rest))
+    monkeypatch.setattr("cg3d.search.batch_embed.read_shape", impatient)
+    monkeypatch.setattr(
+        nano,
+        "embed",
+        lambda shapes, *rest: embedded.extend(shape.source for shape in shapes) or real(shapes, *rest),
+    )
     refused(call("embed", hundred, "-o", torn), "interrupted: 49 of 97", "same command")
-    assert not torn.exists() and Path(f"{torn}.part").is_dir() and describe(f"{torn}.part")["kind"] == "unfinished embedding"
+    assert (
+        not torn.exists()
+        and Path(f"{torn}.part").is_dir()
+        and describe(f"{torn}.part")["kind"] == "unfinished embedding"
+    )
     refused(call("embed", hundred, "-o", torn), "interrupted: 78 of 97")
     done = call("embed", hundred, "-o", torn, "--json")
-    assert done.exit_code == 0 and json.loads(done.stdout)["resumed"] == 78 and not Path(f"{torn}.part").exists()
+    assert (
+        done.exit_code == 0 and json.loads(done.stdout)["resumed"] == 78 and not Path(f"{torn}.part").exists()
+    )
     assert len(embedded) == len(set(embedded)) == 97  # nothing lost, nothing twice
     first, second = read_embeddings(whole), read_embeddings(torn)
     pd.testing.assert_frame_equal(first.table, second.table)
@@ -214,10 +312,20 @@ def test_a_real_ctrl_c(hundred, tmp_path):
     out = tmp_path / "e.npz"
     running = program("embed", hundred, "-o", out, "--batch-size", "1", "--skip-broken")
     until = time.monotonic() + 240
-    while time.monotonic() < until and running.poll() is None and len(list(Path(f"{out}.part").glob("0*.npz"))) < 2: time.sleep(0.02)
+    while (
+        time.monotonic() < until
+        and running.poll() is None
+        and len(list(Path(f"{out}.part").glob("0*.npz"))) < 2
+    ):
+        time.sleep(0.02)
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=120)
-    assert running.returncode == 2 and "Traceback" not in err and "error: interrupted: " in err and "the same command does the rest" in err, err
+    assert (
+        running.returncode == 2
+        and "Traceback" not in err
+        and "error: interrupted: " in err
+        and "the same command does the rest" in err
+    ), err
     kept = int(re.search(r"interrupted: (\d+) of 100", err)[1])
     assert 0 < kept < 97 and not out.exists()
     done = call("embed", hundred, "-o", out, "--batch-size", "1", "--skip-broken", "--json")
@@ -227,10 +335,15 @@ def test_a_real_ctrl_c(hundred, tmp_path):
 
 def test_a_run_with_other_settings_does_not_go_on(hundred, tmp_path):
     Journal.open(tmp_path / "e.npz", {"model": "other", "fingerprint": "f", "source": "s"})
-    refused(call("embed", hundred, "-o", tmp_path / "e.npz"), "unfinished run with another model", "delete the folder")
+    refused(
+        call("embed", hundred, "-o", tmp_path / "e.npz"),
+        "unfinished run with another model",
+        "delete the folder",
+    )
 
 
 # ------------------------------------------------------------------ naming and drawing
+
 
 @pytest.fixture(scope="module")
 def ring(tmp_path_factory) -> Path:
@@ -245,28 +358,57 @@ def test_classify(ring, nano):
     (answer,) = json.loads(done.stdout)["shapes"]
     slow = nano.classify(read_shape(ring), ["ring", "ball", "box"])
     assert [row["label"] for row in answer["labels"]] == slow["label"].tolist()
-    np.testing.assert_allclose([row["probability"] for row in answer["labels"]], slow["probability"], atol=1e-5)
+    np.testing.assert_allclose(
+        [row["probability"] for row in answer["labels"]], slow["probability"], atol=1e-5
+    )
     assert "probability" in call("classify", ring, "-l", "ring,ball").stdout
-    assert len(json.loads(call("classify", ring, "-l", "ring,ball,box", "--top", 1, "--json").stdout)["shapes"][0]["labels"]) == 1
+    assert (
+        len(
+            json.loads(call("classify", ring, "-l", "ring,ball,box", "--top", 1, "--json").stdout)["shapes"][
+                0
+            ]["labels"]
+        )
+        == 1
+    )
 
 
 def test_labels(tmp_path):
     (tmp_path / "labels.txt").write_text("chair\ntea table\n")
-    assert read_labels(["chair , sofa", "lamp"]) == ["chair", "sofa", "lamp"] and read_labels([str(tmp_path / "labels.txt")]) == ["chair", "tea table"]
+    assert read_labels(["chair , sofa", "lamp"]) == ["chair", "sofa", "lamp"] and read_labels(
+        [str(tmp_path / "labels.txt")]
+    ) == ["chair", "tea table"]
 
 
-@pytest.mark.parametrize("labels,words", [("", "no labels"), ("chair,,lamp", "label 2 of 3 is blank"), ("chair, lamp,", "blank"), ("chair, lamp, chair", "'chair' is given 2 times"), (" , ", "no labels")])
+@pytest.mark.parametrize(
+    "labels,words",
+    [
+        ("", "no labels"),
+        ("chair,,lamp", "label 2 of 3 is blank"),
+        ("chair, lamp,", "blank"),
+        ("chair, lamp, chair", "'chair' is given 2 times"),
+        (" , ", "no labels"),
+    ],
+)
 def test_bad_labels(ring, labels, words):
     refused(call("classify", ring, "--labels", labels), words)
-    if "," in labels.strip(" ,"): refused(call("evaluate", "-p", "labels", labels), words)
+    if "," in labels.strip(" ,"):
+        refused(call("evaluate", "-p", "labels", labels), words)
 
 
 def test_bad_shapes(tmp_path):
     (tmp_path / "letter.glb").write_text("Dear reader, this is not a mesh.")
-    with open(tmp_path / "huge.glb", "wb") as file: file.truncate(200_000_000)
+    with open(tmp_path / "huge.glb", "wb") as file:
+        file.truncate(200_000_000)
     (tmp_path / "empty").mkdir()
-    for command in (("classify", "-l", "chair,lamp"), ("render", "-o", tmp_path / "x.png"), ("embed", "-o", tmp_path / "x.npz")):
-        def give(place): return call(command[0], tmp_path / place, *command[1:])
+    for command in (
+        ("classify", "-l", "chair,lamp"),
+        ("render", "-o", tmp_path / "x.png"),
+        ("embed", "-o", tmp_path / "x.npz"),
+    ):
+
+        def give(place):
+            return call(command[0], tmp_path / place, *command[1:])
+
         refused(give("letter.glb"), "letter.glb.*cannot be read as .glb")
         refused(give("huge.glb"), r"huge.glb.*200 MB.*100 MB.*--max-mb")
         refused(give("gone.glb"), "gone.glb: no such file")
@@ -277,10 +419,17 @@ def test_bad_shapes(tmp_path):
 
 def test_outputs_that_cannot_be_written(ring, table, tmp_path):
     (tmp_path / "there").write_text("mine")
-    for name in ("there.png", "there.npz", "there.idx"): (tmp_path / name).write_text("mine")
+    for name in ("there.png", "there.npz", "there.idx"):
+        (tmp_path / name).write_text("mine")
     blocked = tmp_path / "there"
-    for command, source, name in (("render", ring, "there.png"), ("embed", ring, "there.npz"), ("index", table, "there.idx")):
-        refused(call(command, source, "-o", tmp_path / name), "exists; choose another name, or pass --overwrite")
+    for command, source, name in (
+        ("render", ring, "there.png"),
+        ("embed", ring, "there.npz"),
+        ("index", table, "there.idx"),
+    ):
+        refused(
+            call(command, source, "-o", tmp_path / name), "exists; choose another name, or pass --overwrite"
+        )
         refused(call(command, source, "-o", blocked / name), "cannot be written.*is a file, not a folder")
         refused(call(command, source, "-o", f"/proc/{name}"), "cannot be written")
     refused(call("embed", ring, "-o", tmp_path / "x.csv"), ".parquet or .npz")
@@ -289,16 +438,35 @@ def test_outputs_that_cannot_be_written(ring, table, tmp_path):
 
 
 def test_render_needs_no_display(ring, tmp_path, monkeypatch):
-    for name in ("DISPLAY", "WAYLAND_DISPLAY"): monkeypatch.delenv(name, raising=False)
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
     for options in ((), ("--points",)):
-        done = call("render", ring, "-o", tmp_path / "ring.png", "--views", 3, "--size", 48, "--overwrite", "--json", *options)
+        done = call(
+            "render",
+            ring,
+            "-o",
+            tmp_path / "ring.png",
+            "--views",
+            3,
+            "--size",
+            48,
+            "--overwrite",
+            "--json",
+            *options,
+        )
         assert done.exit_code == 0 and json.loads(done.stdout)["views"] == 3, done.output
         pixels = np.asarray(Image.open(tmp_path / "ring.png"))
-        assert pixels.shape == (48, 144, 3) and all((part < 250).any() and (part == 255).any() for part in np.split(pixels, 3, axis=1))
+        assert pixels.shape == (48, 144, 3) and all(
+            (part < 250).any() and (part == 255).any() for part in np.split(pixels, 3, axis=1)
+        )
 
 
 def test_models_that_are_not_there(ring, tmp_path):
-    refused(call("classify", ring, "-l", "a,b", "-m", "nobody/nothing"), "HF_HUB_OFFLINE|cannot be reached", "local folder")
+    refused(
+        call("classify", ring, "-l", "a,b", "-m", "nobody/nothing"),
+        "HF_HUB_OFFLINE|cannot be reached",
+        "local folder",
+    )
     refused(call("classify", ring, "-l", "a,b", "-m", tmp_path / "none"), "no model")
     refused(call("classify", ring, "-l", "a,b", "-m", "nano", "--up", "x"), "up='x'")
     refused(call("info", "nowhere"), "no such file")
@@ -308,16 +476,32 @@ def test_debug_shows_where(tmp_path):
     assert "Traceback" not in call("info", tmp_path / "gone").output
     for words in (("info", tmp_path / "gone", "--debug"), ("--debug", "info", tmp_path / "gone")):
         done = call(*words)
-        assert done.exit_code == 2 and "Traceback" in done.stderr and done.stderr.strip().splitlines()[-1].startswith("error: ")
+        assert (
+            done.exit_code == 2
+            and "Traceback" in done.stderr
+            and done.stderr.strip().splitlines()[-1].startswith("error: ")
+        )
 
 
 # ------------------------------------------------------------------ what is this, where do I get it
 
+
 def test_info(some, nano, table, tmp_path):
-    assert describe("nano")["weights"] == {part: sum(v.numel() for v in getattr(nano, part).state_dict().values()) for part in ("encoder", "prompts")}
-    assert describe(some)["shapes"] == 24 and describe("furniture")["kind"] == "collection" and describe(table)["model"] == "nano"
+    assert describe("nano")["weights"] == {
+        part: sum(v.numel() for v in getattr(nano, part).state_dict().values())
+        for part in ("encoder", "prompts")
+    }
+    assert (
+        describe(some)["shapes"] == 24
+        and describe("furniture")["kind"] == "collection"
+        and describe(table)["model"] == "nano"
+    )
     shown = call("info", "nano")
-    assert shown.exit_code == 0 and "point_transformer" in shown.stdout and json.loads(call("info", "nano", "--json").stdout)["kind"] == "checkpoint"
+    assert (
+        shown.exit_code == 0
+        and "point_transformer" in shown.stdout
+        and json.loads(call("info", "nano", "--json").stdout)["kind"] == "checkpoint"
+    )
 
 
 def test_check_data(tmp_path, some):
@@ -336,20 +520,37 @@ def test_download(tmp_path):
     refused(call("download", "uni3d-b", "-o", tmp_path), "HF_HUB_OFFLINE|cannot be reached")
     refused(call("download", "uni4d", "-o", tmp_path), "nothing to download.*uni3d-b")
     (tmp_path / "served.bin").write_bytes(b"bytes")
-    refused(call("download", "http://127.0.0.1:9/served.bin", "-o", tmp_path / "new"), "cannot be reached", "by hand")
-    refused(call("download", "http://127.0.0.1:9/served.bin", "-o", tmp_path, "--sha256", "0" * 64), "SHA-256 is .* wanted 0000")
+    refused(
+        call("download", "http://127.0.0.1:9/served.bin", "-o", tmp_path / "new"),
+        "cannot be reached",
+        "by hand",
+    )
+    refused(
+        call("download", "http://127.0.0.1:9/served.bin", "-o", tmp_path, "--sha256", "0" * 64),
+        "SHA-256 is .* wanted 0000",
+    )
     right = "277089d91c0bdf4f2e6862ba7e4a07605119431f5d13f726dd352b06f1b206a9"
     done = call("download", "http://127.0.0.1:9/served.bin", "-o", tmp_path, "--sha256", right, "--json")
-    assert done.exit_code == 0 and json.loads(done.stdout)["files"][0]["checked"] == "pinned"  # it is there: no network is needed
+    assert (
+        done.exit_code == 0 and json.loads(done.stdout)["files"][0]["checked"] == "pinned"
+    )  # it is there: no network is needed
     assert (tmp_path / "SHA256SUMS").read_text() == f"{right}  served.bin\n"
 
 
 # ------------------------------------------------------------------ jobs
 
-@pytest.mark.parametrize("words,pattern", [
-    (("train", "-p", "epoch", "3"), "no parameter 'epoch'.*epochs"), (("train", "-p", "epochs", "many"), "epochs='many' is a str"), (("train", "-p", "epochs"), "needs a value"),
-    (("train", "-f", "furnitur"), "no recipe 'furnitur'.*furniture"), (("evaluate", "-f", "furniture"), "evaluate has no parameter"), (("evaluate", "-p", "out", "/proc/x/y"), "cannot be written"),
-])
+
+@pytest.mark.parametrize(
+    "words,pattern",
+    [
+        (("train", "-p", "epoch", "3"), "no parameter 'epoch'.*epochs"),
+        (("train", "-p", "epochs", "many"), "epochs='many' is a str"),
+        (("train", "-p", "epochs"), "needs a value"),
+        (("train", "-f", "furnitur"), "no recipe 'furnitur'.*furniture"),
+        (("evaluate", "-f", "furniture"), "evaluate has no parameter"),
+        (("evaluate", "-p", "out", "/proc/x/y"), "cannot be written"),
+    ],
+)
 def test_jobs_refuse_before_they_start(words, pattern):
     start = time.monotonic()
     refused(call(*words), pattern)
@@ -364,73 +565,171 @@ def test_a_run_is_not_overwritten(tmp_path):
 
 def test_parameters_are_read_as_papermill_reads_them():
     from papermill.cli import _resolve_type
+
     known = parameters_of(job_notebook("train"))
-    for name, text in (("epochs", "3"), ("lr", "1e-3"), ("colour", "False"), ("data", "furniture"), ("lr", "2")): assert job_values("train", [], [(name, text)])[name] == _resolve_type(text)
-    assert known["epochs"].kind is int and known["epochs"].about and job_values("train", [], [("out", "3")])["out"] == "3"
+    for name, text in (
+        ("epochs", "3"),
+        ("lr", "1e-3"),
+        ("color", "False"),
+        ("data", "furniture"),
+        ("lr", "2"),
+    ):
+        assert job_values("train", [], [(name, text)])[name] == _resolve_type(text)
+    assert (
+        known["epochs"].kind is int
+        and known["epochs"].about
+        and job_values("train", [], [("out", "3")])["out"] == "3"
+    )
     listed = json.loads(call("train", "--list", "--json").stdout)
-    assert [row["parameter"] for row in listed["parameters"]] == list(known) and "furniture" in listed["recipes"]
+    assert [row["parameter"] for row in listed["parameters"]] == list(known) and "furniture" in listed[
+        "recipes"
+    ]
 
 
 def test_names_and_values_may_stand_apart(monkeypatch):
     seen = []
     monkeypatch.setattr(TyperCommand, "parse_args", lambda self, ctx, args: seen.extend(args))
-    JobCommand(name="train").parse_args(None, ["-p", "encoder", "pointnet width=2", "-p", "a=b", "--json", "-p", "lr", "-1"])
+    JobCommand(name="train").parse_args(
+        None, ["-p", "encoder", "pointnet width=2", "-p", "a=b", "--json", "-p", "lr", "-1"]
+    )
     assert seen == ["-p", "encoder=pointnet width=2", "-p", "a=b", "--json", "-p", "lr=-1"]
 
 
 def test_evaluate_runs_the_notebook(some, tmp_path):
-    done = call("evaluate", "-p", "checkpoint", "nano", "-p", "data", some, "-p", "split", "all", "-p", "labels", "table, chair, lamp", "-p", "out", tmp_path / "zero", "--json")
+    done = call(
+        "evaluate",
+        "-p",
+        "checkpoint",
+        "nano",
+        "-p",
+        "data",
+        some,
+        "-p",
+        "split",
+        "all",
+        "-p",
+        "labels",
+        "table, chair, lamp",
+        "-p",
+        "out",
+        tmp_path / "zero",
+        "--json",
+    )
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
-    assert Path(told["notebook"]).is_file() and told["results"][0]["shapes"] == 24 and {"3D encoder", "majority class"} <= {row["method"] for row in told["results"]}
+    assert (
+        Path(told["notebook"]).is_file()
+        and told["results"][0]["shapes"] == 24
+        and {"3D encoder", "majority class"} <= {row["method"] for row in told["results"]}
+    )
 
 
 def test_a_job_that_fails_inside_says_why(tmp_path):
-    done = call("evaluate", "-p", "checkpoint", "nano", "-p", "data", tmp_path / "gone", "-p", "out", tmp_path / "zero")
+    done = call(
+        "evaluate",
+        "-p",
+        "checkpoint",
+        "nano",
+        "-p",
+        "data",
+        tmp_path / "gone",
+        "-p",
+        "out",
+        tmp_path / "zero",
+    )
     refused(done, "evaluate stopped.*gone", "traceback is in")
 
 
 # ------------------------------------------------------------------ sharing
 
+
 def test_share_through_a_folder(nano, tmp_path, some):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "train.json").write_text(json.dumps({"data": "furniture", "train_split": "train", "epochs": 7, "seed": 3, "shuffle_labels": False}))
-    pd.DataFrame({"method": ["3D encoder"], "top1": [61.25]}).to_csv(tmp_path / "run" / "results.csv", index=False)
-    place = nano.push_to_hub(tmp_path / "model", run=tmp_path / "run", licence="apache-2.0")
+    (tmp_path / "run" / "train.json").write_text(
+        json.dumps(
+            {"data": "furniture", "train_split": "train", "epochs": 7, "seed": 3, "shuffle_labels": False}
+        )
+    )
+    pd.DataFrame({"method": ["3D encoder"], "top1": [61.25]}).to_csv(
+        tmp_path / "run" / "results.csv", index=False
+    )
+    place = nano.push_to_hub(tmp_path / "model", run=tmp_path / "run", license="apache-2.0")
     card = (Path(place) / "README.md").read_text()
-    for words in ("license: apache-2.0", "library_name: cg3d", "7 epochs, seed 3", "61.25", "1024 points", "384 numbers", "Sweet Home 3D"): assert words in card, words
+    for words in (
+        "license: apache-2.0",
+        "library_name: cg3d",
+        "7 epochs, seed 3",
+        "61.25",
+        "1024 points",
+        "384 numbers",
+        "Sweet Home 3D",
+    ):
+        assert words in card, words
     again = CG3D.from_pretrained(place, backbone=nano.backbone)
     points = open_source(some).read(0)
     assert torch.equal(again.embed(points), nano.embed(points))
     assert "Not measured" in model_card(nano, "a/b") and "Not stated" in model_card(nano, "a/b")
-    with pytest.raises(FileNotFoundError, match="no train.json"): nano.push_to_hub(tmp_path / "other", run=tmp_path)
-    with pytest.raises(ValueError, match="owner/name"): nano.push_to_hub("name")
-    with pytest.raises(ConnectionError, match="local folder"): from_pretrained("nobody/nothing")
-    with pytest.raises(FileNotFoundError, match="no model 'nanoo'"): CG3D.from_pretrained("nanoo")
+    with pytest.raises(FileNotFoundError, match="no train.json"):
+        nano.push_to_hub(tmp_path / "other", run=tmp_path)
+    with pytest.raises(ValueError, match="owner/name"):
+        nano.push_to_hub("name")
+    with pytest.raises(ConnectionError, match="local folder"):
+        from_pretrained("nobody/nothing")
+    with pytest.raises(FileNotFoundError, match="no model 'nanoo'"):
+        CG3D.from_pretrained("nanoo")
 
 
 def test_tables_of_embeddings(tmp_path):
     rng = np.random.default_rng(0)
-    made = Embeddings(rng.standard_normal((5, 7)), pd.DataFrame({"id": list("abcde"), "name": ["ä", "", "x|y", "中", "e"], "height": [1.0, np.nan, 3, 4, 5]}), "nano", "f" * 64)
+    made = Embeddings(
+        rng.standard_normal((5, 7)),
+        pd.DataFrame(
+            {"id": list("abcde"), "name": ["ä", "", "x|y", "中", "e"], "height": [1.0, np.nan, 3, 4, 5]}
+        ),
+        "nano",
+        "f" * 64,
+    )
     assert str(to_arrow(made).schema.field("embedding").type) == "list<item: float>"
-    for back in (from_arrow(to_arrow(made)), *(read_embeddings(write_embeddings(tmp_path / name, made)) for name in ("e.parquet", "e.npz"))):
+    for back in (
+        from_arrow(to_arrow(made)),
+        *(read_embeddings(write_embeddings(tmp_path / name, made)) for name in ("e.parquet", "e.npz")),
+    ):
         assert (back.matrix == made.matrix).all() and (back.model, back.fingerprint) == ("nano", "f" * 64)
         pd.testing.assert_frame_equal(back.table, made.table, check_dtype=False)
     plain = pd.DataFrame({"name": ["a", "b"], "embedding": [[1.0, 0.0], [0.0, 1.0]]})
     plain.to_parquet(tmp_path / "plain.parquet")  # not written by cg3d
     assert read_embeddings(tmp_path / "plain.parquet").matrix.tolist() == [[1, 0], [0, 1]]
-    pd.DataFrame({"name": ["a", "b"], "embedding": [[1.0], [0.0, 1.0]]}).to_parquet(tmp_path / "ragged.parquet")
-    with pytest.raises(ValueError, match="different lengths"): read_embeddings(tmp_path / "ragged.parquet")
-    with pytest.raises(ValueError, match="column 'embedding'"): Embeddings(np.ones((1, 2)), pd.DataFrame({"embedding": [1]}))
-    with pytest.raises(ValueError, match="NaN"): Embeddings(np.full((1, 2), np.nan), pd.DataFrame({"id": ["a"]}))
+    pd.DataFrame({"name": ["a", "b"], "embedding": [[1.0], [0.0, 1.0]]}).to_parquet(
+        tmp_path / "ragged.parquet"
+    )
+    with pytest.raises(ValueError, match="different lengths"):
+        read_embeddings(tmp_path / "ragged.parquet")
+    with pytest.raises(ValueError, match="column 'embedding'"):
+        Embeddings(np.ones((1, 2)), pd.DataFrame({"embedding": [1]}))
+    with pytest.raises(ValueError, match="NaN"):
+        Embeddings(np.full((1, 2), np.nan), pd.DataFrame({"id": ["a"]}))
 
 
 def test_a_run_is_repeated_from_its_folder(tmp_path):
-    run = subprocess.run([sys.executable, "-m", "cg3d.cli", "train", "-f", "smoke", "-p", "out", f"{tmp_path}/x"], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "cg3d.cli.app", "train", "-f", "smoke", "-p", "out", f"{tmp_path}/x"],
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
-    again = subprocess.run([sys.executable, "-m", "cg3d.cli", "rerun", f"{tmp_path}/x", "--json"], capture_output=True, text=True)
+    again = subprocess.run(
+        [sys.executable, "-m", "cg3d.cli.app", "rerun", f"{tmp_path}/x", "--json"],
+        capture_output=True,
+        text=True,
+    )
     assert again.returncode == 0, again.stderr
     found = json.loads(again.stdout)
-    assert found["same_weights"] is True and found["other_versions"] == [] and (tmp_path / "x-rerun/results.csv").is_file()
-    refused = subprocess.run([sys.executable, "-m", "cg3d.cli", "rerun", f"{tmp_path}"], capture_output=True, text=True)
+    assert (
+        found["same_weights"] is True
+        and found["other_versions"] == []
+        and (tmp_path / "x-rerun/results.csv").is_file()
+    )
+    refused = subprocess.run(
+        [sys.executable, "-m", "cg3d.cli.app", "rerun", f"{tmp_path}"], capture_output=True, text=True
+    )
     assert refused.returncode == 2 and "no run in it" in refused.stderr

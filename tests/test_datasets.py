@@ -1,23 +1,24 @@
 """Every published layout in small: what is read, the traps, and what is said of broken files."""
+
 import json
 import os
 import pickle
 import re
 import shutil
 
+import miniatures as mini
 import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
-import miniatures as mini
-from cg3d.cli import app
-from cg3d.datasets import check_data, list_layouts, read_dataset
-from cg3d.points import MISSING_COLOUR, check_points, normalize
-from cg3d.readers.modelnet import MODELNET10, MODELNET40, SCANOBJECTNN
-from cg3d.readers.objaverse import read_neighbours
-from cg3d.readers.shapenet import CG3D_CLASSES
-from cg3d.unpickle import load_pickle
+from cg3d.cli.app import app
+from cg3d.core.safe_pickle import load_pickle
+from cg3d.data.modelnet import MODELNET10, MODELNET40, SCANOBJECTNN
+from cg3d.data.objaverse import read_neighbors
+from cg3d.data.registry import check_data, list_layouts, read_dataset
+from cg3d.data.shapenet import CG3D_CLASSES
+from cg3d.geometry.ops import MISSING_COLOR, check_points, normalize
 
 # layout -> writer, listed shapes, classes, id and category of row 0, seed of its cloud, points of it
 LAYOUTS = {
@@ -27,11 +28,35 @@ LAYOUTS = {
     "modelnet10": (mini.modelnet_text, 2, 10, "night_stand_0001", "night stand", 2, 64),
     "modelnet40_h5": (mini.modelnet_h5, 6, 40, "ply_data_train0-00000", "airplane", 0, 64),
     "modelnet_pickle": (mini.modelnet_pickle, 6, 40, "train-00000", "airplane", 0, 64),
-    "modelnet40_openshape": (lambda root: mini.openshape_tests(root) / "modelnet40", 3, 40, "airplane_0002", "airplane", 1, 64),
-    "scanobjectnn_openshape": (lambda root: mini.openshape_tests(root) / "scanobjectnn", 4, 15, "00000", "bag", 0, 32),
+    "modelnet40_openshape": (
+        lambda root: mini.openshape_tests(root) / "modelnet40",
+        3,
+        40,
+        "airplane_0002",
+        "airplane",
+        1,
+        64,
+    ),
+    "scanobjectnn_openshape": (
+        lambda root: mini.openshape_tests(root) / "scanobjectnn",
+        4,
+        15,
+        "00000",
+        "bag",
+        0,
+        32,
+    ),
     "scanobjectnn_obj_bg": (mini.scanobjectnn, 10, 15, "training_objectdataset-00000", "bag", 0, 32),
     "scanobjectnn_obj_only": (mini.scanobjectnn, 10, 15, "training_objectdataset-00000", "bag", 100, 32),
-    "scanobjectnn_pb_t50_rs": (mini.scanobjectnn, 10, 15, "training_objectdataset_augmentedrot_scale75-00000", "bag", 200, 32),
+    "scanobjectnn_pb_t50_rs": (
+        mini.scanobjectnn,
+        10,
+        15,
+        "training_objectdataset_augmentedrot_scale75-00000",
+        "bag",
+        200,
+        32,
+    ),
     "openshape": (mini.objaverse, 6, 2, "aa11", "bat (animal)", 0, 90),
     "objaverse_lvis": (mini.uni3d_lvis, 3, 3, "aa11", "bat (animal)", 0, 90),
     "scannet": (mini.scannet, 2, 2, "scene0000_00/0", "cabinet", None, 8),
@@ -46,7 +71,9 @@ def layout(request, tmp_path_factory):
 
 
 def test_every_layout_has_a_miniature():
-    assert set(LAYOUTS) | {"packed", "shards"} == set(list_layouts()) # these two are written by cg3d, see test_shapes.py and test_shards.py
+    assert set(LAYOUTS) | {"packed", "shards"} == set(
+        list_layouts()
+    )  # these two are written by cg3d, see test_shapes.py and test_shards.py
 
 
 def test_layout_yields_the_contract(layout):
@@ -55,23 +82,38 @@ def test_layout_yields_the_contract(layout):
     assert len(data) == count and len(data.labels) == classes and data.count == points
     assert data.table["id"].iat[0] == first
     named = data.table["category"] != ""
-    assert category in set(data.table["category"]) and [data.labels[label] for label in data.table["label"][named]] == data.table["category"][named].tolist()
+    assert (
+        category in set(data.table["category"])
+        and [data.labels[label] for label in data.table["label"][named]]
+        == data.table["category"][named].tolist()
+    )
     clouds = data.points()
     check_points(clouds)
     assert clouds.shape == (count, points, 6) and clouds.dtype == torch.float32
-    assert torch.allclose(clouds[..., :3].mean(1), torch.zeros(count, 3), atol=1e-4) and torch.allclose(clouds[..., :3].norm(dim=-1).amax(1), torch.ones(count), atol=1e-4)
-    if seed is not None: assert torch.allclose(clouds[0, :, :3], normalize(torch.from_numpy(mini.cloud(seed, points))), atol=2e-4) # same points, same order, same axes
-    if name not in ("openshape", "objaverse_lvis", "scannet", "modelnet40_openshape"): assert (clouds[0, :, 3:] == MISSING_COLOUR).all()
+    assert torch.allclose(clouds[..., :3].mean(1), torch.zeros(count, 3), atol=1e-4) and torch.allclose(
+        clouds[..., :3].norm(dim=-1).amax(1), torch.ones(count), atol=1e-4
+    )
+    if seed is not None:
+        assert torch.allclose(
+            clouds[0, :, :3], normalize(torch.from_numpy(mini.cloud(seed, points))), atol=2e-4
+        )  # same points, same order, same axes
+    if name not in ("openshape", "objaverse_lvis", "scannet", "modelnet40_openshape"):
+        assert (clouds[0, :, 3:] == MISSING_COLOR).all()
 
 
-def test_layout_is_recognised_or_asks(layout):
-    """What lies alone is recognised; several layouts side by side are named, never chosen from in silence."""
+def test_layout_is_recognized_or_asks(layout):
+    """What lies alone is recognized; several layouts side by side are named, never chosen from in silence."""
     name, root, *_ = layout
     found = check_data(root).layout.split(" + ")
-    assert name in found or (name, found) == ("modelnet10", ["modelnet40"]) # they share a folder; 10 has to be asked for
-    if len(found) == 1: assert read_dataset(root).layout == found[0]
+    assert name in found or (name, found) == (
+        "modelnet10",
+        ["modelnet40"],
+    )  # they share a folder; 10 has to be asked for
+    if len(found) == 1:
+        assert read_dataset(root).layout == found[0]
     else:
-        with pytest.raises(ValueError, match="say which with layout="): read_dataset(root)
+        with pytest.raises(ValueError, match="say which with layout="):
+            read_dataset(root)
 
 
 def test_check_data_counts(layout):
@@ -83,38 +125,69 @@ def test_check_data_counts(layout):
 def test_ids_may_hold_hyphens(tmp_path):
     data = read_dataset(mini.ulip(tmp_path))
     row = data.table["id"].tolist().index("02691156-3c-4d-5e")
-    assert data.table["model"].iat[row] == "3c-4d-5e" and len(data.pictures(row)) == 30 # depth pictures are left out
+    assert (
+        data.table["model"].iat[row] == "3c-4d-5e" and len(data.pictures(row)) == 30
+    )  # depth pictures are left out
     cg3d = read_dataset(mini.cg3d(tmp_path / "cg3d"), split="train")
     assert len(cg3d.pictures(cg3d.table["id"].tolist().index("02691156-3c-4d-5e"))) == 5
 
 
 def test_leaks_are_reported(tmp_path):
     problems = "\n".join(check_data(mini.cg3d(tmp_path)).problems)
-    assert "3 of the 4 shapes of split 'val' stand in 'train'" in problems and "1 of the 4 shapes of split 'val' stand in 'test'" in problems
+    assert (
+        "3 of the 4 shapes of split 'val' stand in 'train'" in problems
+        and "1 of the 4 shapes of split 'val' stand in 'test'" in problems
+    )
     assert "ShapeNet55/test.txt stand in train_img.txt" in problems
 
 
 def test_classes_stand_in_published_order(tmp_path):
     data = read_dataset(mini.cg3d(tmp_path / "a"))
-    assert data.labels == CG3D_CLASSES and data.labels[0] == "mug" and data.labels[-1] == "monitor" and {"monitor", "ship"} <= set(data.table["category"])
-    assert read_dataset(mini.modelnet_text(tmp_path / "b"), layout="modelnet40", names="verbatim").labels == MODELNET40
-    assert read_dataset(mini.modelnet_pickle(tmp_path / "c", number="10"), names="verbatim").labels == MODELNET10
-    assert read_dataset(mini.scanobjectnn(tmp_path / "d"), layout="scanobjectnn_obj_bg", names="verbatim").labels == SCANOBJECTNN
-    assert read_dataset(mini.uni3d_lvis(tmp_path / "e"), names="verbatim").labels == ["CD_player", "bat_(sports_equipment)", "bat_(animal)"] # by the list's numbers
+    assert (
+        data.labels == CG3D_CLASSES
+        and data.labels[0] == "mug"
+        and data.labels[-1] == "monitor"
+        and {"monitor", "ship"} <= set(data.table["category"])
+    )
+    assert (
+        read_dataset(mini.modelnet_text(tmp_path / "b"), layout="modelnet40", names="verbatim").labels
+        == MODELNET40
+    )
+    assert (
+        read_dataset(mini.modelnet_pickle(tmp_path / "c", number="10"), names="verbatim").labels == MODELNET10
+    )
+    assert (
+        read_dataset(mini.scanobjectnn(tmp_path / "d"), layout="scanobjectnn_obj_bg", names="verbatim").labels
+        == SCANOBJECTNN
+    )
+    assert read_dataset(mini.uni3d_lvis(tmp_path / "e"), names="verbatim").labels == [
+        "CD_player",
+        "bat_(sports_equipment)",
+        "bat_(animal)",
+    ]  # by the list's numbers
 
 
-@pytest.mark.parametrize("names,words", [("cleaned", ["bat (animal)", "bat (sports equipment)", "CD player"]), ("verbatim", ["bat_(animal)", "bat_(sports_equipment)", "CD_player"])])
+@pytest.mark.parametrize(
+    "names,words",
+    [
+        ("cleaned", ["bat (animal)", "bat (sports equipment)", "CD player"]),
+        ("verbatim", ["bat_(animal)", "bat_(sports_equipment)", "CD_player"]),
+    ],
+)
 @pytest.mark.parametrize("writer", [mini.uni3d_lvis, mini.ulip_lvis])
 def test_lvis_names_verbatim_or_cleaned(tmp_path, writer, names, words):
     assert read_dataset(writer(tmp_path), names=names).table["category"].tolist() == words
 
 
-def test_scanobjectnn_is_normalised_and_says_so(tmp_path):
+def test_scanobjectnn_is_normalized_and_says_so(tmp_path):
     root = mini.scanobjectnn(tmp_path)
     data = read_dataset(root, layout="scanobjectnn_pb_t50_rs", split="test")
-    assert np.linalg.norm(data[0].points, axis=1).min() > 2 # the file's own metres
+    assert np.linalg.norm(data[0].points, axis=1).min() > 2  # the file's own meters
     assert data.points()[..., :3].norm(dim=-1).amax() <= 1 + 1e-5
-    assert any("neither centred nor scaled" in note and "PB_T50_RS" in note for note in check_data(root, layout="scanobjectnn_pb_t50_rs").notes)
+    assert any(
+        "neither centered nor scaled" in note and "PB_T50_RS" in note
+        for note in check_data(root, layout="scanobjectnn_pb_t50_rs").notes
+    )
 
 
 def test_scannet_turns_z_up(tmp_path):
@@ -127,44 +200,81 @@ def test_sidecar_filters_names_and_features_survive(tmp_path):
     data = read_dataset(mini.objaverse(tmp_path), layout="openshape", split="train_all")
     assert data[0].name == "" and data[1].name == "raw bb22" and data[0].caption == "blip aa11"
     assert data.features(0)["image_feat"].shape == (12, 1280)
-    np.save(tmp_path / "point_feat_knn.npy", np.array({"name": ["aa11", "bb22", "cc33"], "index": {"aa11": [0, 2], "bb22": [1, 0]}}, object), allow_pickle=True)
-    assert read_neighbours(tmp_path / "point_feat_knn.npy") == {"aa11": ["aa11", "cc33"], "bb22": ["bb22", "aa11"]}
+    np.save(
+        tmp_path / "point_feat_knn.npy",
+        np.array({"name": ["aa11", "bb22", "cc33"], "index": {"aa11": [0, 2], "bb22": [1, 0]}}, object),
+        allow_pickle=True,
+    )
+    assert read_neighbors(tmp_path / "point_feat_knn.npy") == {
+        "aa11": ["aa11", "cc33"],
+        "bb22": ["bb22", "aa11"],
+    }
 
 
 def test_folder_without_a_table(tmp_path):
     data = read_dataset(mini.folder(tmp_path / "mine", table=False))
-    assert data.table["id"].tolist() == ["a-box", "cloud", "sub/ball"] and any("no .csv" in problem for problem in check_data(tmp_path / "mine").problems)
+    assert data.table["id"].tolist() == ["a-box", "cloud", "sub/ball"] and any(
+        "no .csv" in problem for problem in check_data(tmp_path / "mine").problems
+    )
 
 
-@pytest.mark.parametrize("layout,writer,victim,count", [
-    ("cg3d", mini.cg3d, "ShapeNet55/shapenet_pc/03001627-1a2b.npy", 2), ("ulip", mini.ulip, "shapenet_pc/02691156-1a2b.npy", 1),
-    ("modelnet40", mini.modelnet_text, "airplane/airplane_0001.txt", 1), ("modelnet40_h5", mini.modelnet_h5, "ply_data_test0.h5", 1),
-    ("scanobjectnn_obj_only", mini.scanobjectnn, "main_split_nobg/test_objectdataset.h5", 1), ("openshape", mini.objaverse, "Objaverse/000-001/aa11.npy", 2),
-    ("objaverse_lvis", mini.uni3d_lvis, "objaverse/000-001/aa11.npy", 1), ("folder", mini.folder, "a-box.stl", 1)])
+@pytest.mark.parametrize(
+    "layout,writer,victim,count",
+    [
+        ("cg3d", mini.cg3d, "ShapeNet55/shapenet_pc/03001627-1a2b.npy", 2),
+        ("ulip", mini.ulip, "shapenet_pc/02691156-1a2b.npy", 1),
+        ("modelnet40", mini.modelnet_text, "airplane/airplane_0001.txt", 1),
+        ("modelnet40_h5", mini.modelnet_h5, "ply_data_test0.h5", 1),
+        ("scanobjectnn_obj_only", mini.scanobjectnn, "main_split_nobg/test_objectdataset.h5", 1),
+        ("openshape", mini.objaverse, "Objaverse/000-001/aa11.npy", 2),
+        ("objaverse_lvis", mini.uni3d_lvis, "objaverse/000-001/aa11.npy", 1),
+        ("folder", mini.folder, "a-box.stl", 1),
+    ],
+)
 def test_missing_files_are_named(tmp_path, layout, writer, victim, count):
     root, name = writer(tmp_path), victim.rpartition("/")[2]
     (root / victim).unlink()
-    with pytest.raises(FileNotFoundError, match=name): read_dataset(root, layout=layout)
+    with pytest.raises(FileNotFoundError, match=name):
+        read_dataset(root, layout=layout)
     whole = len(read_dataset(root, layout=layout, missing="skip"))
     report = check_data(root, layout=layout)
-    assert not report.ok and report.table["missing"].sum() == count and whole == report.table["found"].sum() and name in str(report)
+    assert (
+        not report.ok
+        and report.table["missing"].sum() == count
+        and whole == report.table["found"].sum()
+        and name in str(report)
+    )
 
 
 def test_lost_pictures_are_named(tmp_path):
     root = mini.cg3d(tmp_path)
     shutil.rmtree(root / "shapenet_render/img/03001627/3c-4d-5e")
-    assert any("1 of 8 shapes have no pictures, first '03001627-3c-4d-5e'" in problem for problem in check_data(root).problems)
+    assert any(
+        "1 of 8 shapes have no pictures, first '03001627-3c-4d-5e'" in problem
+        for problem in check_data(root).problems
+    )
     data = read_dataset(root, split="train")
-    with pytest.raises(FileNotFoundError, match="03001627-3c-4d-5e"): data.pictures(data.table["id"].tolist().index("03001627-3c-4d-5e"))
+    with pytest.raises(FileNotFoundError, match="03001627-3c-4d-5e"):
+        data.pictures(data.table["id"].tolist().index("03001627-3c-4d-5e"))
     shutil.rmtree(root / "shapenet_render/img")
-    assert any("no pictures" in problem for problem in check_data(root).problems) and not read_dataset(root).has_pictures
+    assert (
+        any("no pictures" in problem for problem in check_data(root).problems)
+        and not read_dataset(root).has_pictures
+    )
 
 
 def test_a_broken_variant_does_not_hide_the_others(tmp_path):
     root = mini.scanobjectnn(tmp_path)
     (root / "main_split_nobg/test_objectdataset.h5").write_bytes(b"not hdf5")
     report = check_data(root)
-    assert not report.ok and report.table["found"].sum() == 20 and any("main_split_nobg/test_objectdataset.h5: not a sound HDF5 file" in problem for problem in report.problems)
+    assert (
+        not report.ok
+        and report.table["found"].sum() == 20
+        and any(
+            "main_split_nobg/test_objectdataset.h5: not a sound HDF5 file" in problem
+            for problem in report.problems
+        )
+    )
 
 
 def test_ids_that_look_like_numbers(tmp_path):
@@ -177,22 +287,59 @@ def test_ids_that_look_like_numbers(tmp_path):
 
 def test_hdf5_names_beside_the_parts(tmp_path):
     root = mini.modelnet_h5(tmp_path)
-    (root / "ply_data_train_0_id2file.json").write_text(json.dumps(["airplane/airplane_0001.ply", "night_stand/night_stand_0001.ply"]))
-    assert read_dataset(root, split="train").table["id"].tolist() == ["airplane_0001", "night_stand_0001", "ply_data_train1-00000"]
-    assert read_dataset(root / "ply_data_test1.h5").table[["split", "category"]].values.tolist() == [["test", "tv stand"]]
+    (root / "ply_data_train_0_id2file.json").write_text(
+        json.dumps(["airplane/airplane_0001.ply", "night_stand/night_stand_0001.ply"])
+    )
+    assert read_dataset(root, split="train").table["id"].tolist() == [
+        "airplane_0001",
+        "night_stand_0001",
+        "ply_data_train1-00000",
+    ]
+    assert read_dataset(root / "ply_data_test1.h5").table[["split", "category"]].values.tolist() == [
+        ["test", "tv stand"]
+    ]
 
 
-@pytest.mark.parametrize("writer,file,content,words", [
-    (mini.ulip, "train.txt", "02691156_x.npy\n", "train.txt: '02691156_x.npy' is not <synset>-<model>.npy"),
-    (mini.ulip, "train.txt", "99999999-x.npy\n", "train.txt: synset '99999999'"),
-    (mini.ulip, "taxonomy.json", "{", "taxonomy.json: not JSON"),
-    (mini.cg3d, "ShapeNet55/shapenet_pc/02691156-1a2b.npy", "short", "02691156-1a2b.npy"),
-    (mini.uni3d_lvis, "lvis_testset.txt", "a,b,c\n", "lvis_testset.txt: 'a,b,c' is not cate_id,cate_name,model_id,relpath"),
-    (mini.uni3d_lvis, "objaverse/000-001/aa11.npy", "", "aa11.npy: the file is empty"),
-    (mini.scannet, "scans/scene0000_00/scene0000_00_vh_clean_2.0.010000.segs.json", '{"segIndices": [1]}', "1 segIndices for 24 vertices"),
-    (mini.scannet, "scans/scene0000_00/scene0000_00.aggregation.json", '{"groups": []}', "no key 'segGroups'; it has groups"),
-    (mini.folder, "a-box.stl", "this is text", "a-box.stl"),
-    (mini.folder, "names.csv", "length,width\n1,2\n", "names.csv: no column file, path, filename, id or name")])
+@pytest.mark.parametrize(
+    "writer,file,content,words",
+    [
+        (
+            mini.ulip,
+            "train.txt",
+            "02691156_x.npy\n",
+            "train.txt: '02691156_x.npy' is not <synset>-<model>.npy",
+        ),
+        (mini.ulip, "train.txt", "99999999-x.npy\n", "train.txt: synset '99999999'"),
+        (mini.ulip, "taxonomy.json", "{", "taxonomy.json: not JSON"),
+        (mini.cg3d, "ShapeNet55/shapenet_pc/02691156-1a2b.npy", "short", "02691156-1a2b.npy"),
+        (
+            mini.uni3d_lvis,
+            "lvis_testset.txt",
+            "a,b,c\n",
+            "lvis_testset.txt: 'a,b,c' is not cate_id,cate_name,model_id,relpath",
+        ),
+        (mini.uni3d_lvis, "objaverse/000-001/aa11.npy", "", "aa11.npy: the file is empty"),
+        (
+            mini.scannet,
+            "scans/scene0000_00/scene0000_00_vh_clean_2.0.010000.segs.json",
+            '{"segIndices": [1]}',
+            "1 segIndices for 24 vertices",
+        ),
+        (
+            mini.scannet,
+            "scans/scene0000_00/scene0000_00.aggregation.json",
+            '{"groups": []}',
+            "no key 'segGroups'; it has groups",
+        ),
+        (mini.folder, "a-box.stl", "this is text", "a-box.stl"),
+        (
+            mini.folder,
+            "names.csv",
+            "length,width\n1,2\n",
+            "names.csv: no column file, path, filename, id or name",
+        ),
+    ],
+)
 def test_broken_files_are_named(tmp_path, writer, file, content, words):
     root = writer(tmp_path / "set")
     next(path for path in (root / file, tmp_path / "set" / file) if path.exists()).write_text(content)
@@ -202,41 +349,60 @@ def test_broken_files_are_named(tmp_path, writer, file, content, words):
 
 def test_other_keys_in_hdf5(tmp_path):
     import h5py
+
     root = mini.scanobjectnn(tmp_path)
     file = root / "main_split/test_objectdataset.h5"
-    with h5py.File(file, "w") as opened: opened["cloud"] = np.zeros((2, 8, 3))
-    with pytest.raises(ValueError, match="no key 'data'; it has cloud"): read_dataset(root, layout="scanobjectnn_obj_bg")
+    with h5py.File(file, "w") as opened:
+        opened["cloud"] = np.zeros((2, 8, 3))
+    with pytest.raises(ValueError, match="no key 'data'; it has cloud"):
+        read_dataset(root, layout="scanobjectnn_obj_bg")
     answer = CliRunner().invoke(app, ["check-data", str(root), "--layout", "scanobjectnn_obj_bg"])
     assert answer.exit_code == 2 and "no key 'data'; it has cloud" in answer.output
     file.write_bytes(b"not hdf5")
-    with pytest.raises(ValueError, match="test_objectdataset.h5: not a sound HDF5 file"): read_dataset(root, layout="scanobjectnn_obj_bg")
+    with pytest.raises(ValueError, match="test_objectdataset.h5: not a sound HDF5 file"):
+        read_dataset(root, layout="scanobjectnn_obj_bg")
 
 
 class Burglar:
-    def __init__(self, mark): self.mark = mark
-    def __reduce__(self): return os.mkdir, (str(self.mark),)
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
 def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, protocol):
     file = tmp_path / "modelnet40_train_8192pts_fps.dat"
     file.write_bytes(pickle.dumps([[Burglar(tmp_path / "inside")], [0]], protocol))
-    with pytest.raises(ValueError, match="mkdir"): read_dataset(tmp_path)
-    with pytest.raises(ValueError, match="mkdir"): load_pickle(file)
+    with pytest.raises(ValueError, match="mkdir"):
+        read_dataset(tmp_path)
+    with pytest.raises(ValueError, match="mkdir"):
+        load_pickle(file)
     root = mini.uni3d_lvis(tmp_path / "lvis")
-    np.save(root / "objaverse/000-001/aa11.npy", np.array({"xyz": Burglar(tmp_path / "inside")}, object), allow_pickle=True)
-    with pytest.raises(ValueError, match="aa11.npy.*mkdir"): read_dataset(root)
+    np.save(
+        root / "objaverse/000-001/aa11.npy",
+        np.array({"xyz": Burglar(tmp_path / "inside")}, object),
+        allow_pickle=True,
+    )
+    with pytest.raises(ValueError, match="aa11.npy.*mkdir"):
+        read_dataset(root)
     assert not (tmp_path / "inside").exists()
 
 
 def test_names_that_are_not_known(tmp_path):
     root = mini.modelnet_text(tmp_path)
-    with pytest.raises(ValueError, match="layout='modelnet41' is unknown; known are cg3d"): read_dataset(root, layout="modelnet41")
-    with pytest.raises(ValueError, match="'val'|val"): read_dataset(root, layout="modelnet40", split="val")
-    with pytest.raises(ValueError, match="no known layout"): read_dataset(tmp_path.parent / tmp_path.name / "modelnet40_normal_resampled/airplane")
-    with pytest.raises(FileNotFoundError, match="no such file or folder"): read_dataset(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="layout='modelnet41' is unknown; known are cg3d"):
+        read_dataset(root, layout="modelnet41")
+    with pytest.raises(ValueError, match="'val'|val"):
+        read_dataset(root, layout="modelnet40", split="val")
+    with pytest.raises(ValueError, match="no known layout"):
+        read_dataset(tmp_path.parent / tmp_path.name / "modelnet40_normal_resampled/airplane")
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        read_dataset(tmp_path / "nowhere")
     (root / "modelnet40_test.txt").write_text("aeroplane_0001\n")
-    with pytest.raises(ValueError, match="'aeroplane_0001' belongs to none of the 40 classes"): read_dataset(root, layout="modelnet40")
+    with pytest.raises(ValueError, match="'aeroplane_0001' belongs to none of the 40 classes"):
+        read_dataset(root, layout="modelnet40")
 
 
 def test_the_command_says_what_it_found(tmp_path):
@@ -244,5 +410,7 @@ def test_the_command_says_what_it_found(tmp_path):
     (root / "shapenet_pc/02691156-6f70.npy").unlink()
     answer = run(app, ["check-data", str(root), "--json"])
     report = json.loads(answer.stdout)
-    assert report["layout"] == "ulip" and {row["split"]: (row["listed"], row["missing"]) for row in report["splits"]} == {"train": (8, 0), "test": (4, 1)}
+    assert report["layout"] == "ulip" and {
+        row["split"]: (row["listed"], row["missing"]) for row in report["splits"]
+    } == {"train": (8, 0), "test": (4, 1)}
     assert "02691156-6f70.npy" in answer.stdout and answer.exit_code != 0

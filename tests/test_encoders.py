@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from cg3d.encoders.registry import compiled, create_encoder, list_encoders
+from cg3d.models.layers import compile_encoder
+from cg3d.models.registry import create_encoder, list_encoders
 
 ENCODERS = list_encoders()
 DIM = 32
@@ -33,21 +34,28 @@ def trainable(name):
 
 
 def test_the_promised_encoders_are_there():
-    promised = {"pointnet", "pointmlp", "pointmlp_elite", "pointmlp_small", "point_transformer", "point_transformer_small"}
+    promised = {
+        "pointnet",
+        "pointmlp",
+        "pointmlp_elite",
+        "pointmlp_small",
+        "point_transformer",
+        "point_transformer_small",
+    }
     assert promised <= set(ENCODERS)
 
 
 @pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("reads", [3, 6])
-def test_forward_shape_and_colour(name, reads):
+def test_forward_shape_and_color(name, reads):
     model, full = encoder(name, in_channels=reads), cloud(channels=6)
-    grey = torch.cat([full[..., :3], torch.full_like(full[..., 3:], 0.4)], dim=-1)
+    gray = torch.cat([full[..., :3], torch.full_like(full[..., 3:], 0.4)], dim=-1)
     with torch.no_grad():
-        coloured, plain, filled = model(full), model(full[..., :3]), model(grey)
-    assert coloured.shape == plain.shape == (2, DIM) and coloured.isfinite().all()
-    assert torch.equal(plain, filled)  # no colour means 0.4 grey
-    assert torch.equal(coloured, plain) == (reads == 3)  # colour is seen by those that read it, and by no other
-    assert not torch.allclose(coloured[0], coloured[1], atol=1e-5)  # two clouds, two answers
+        colored, plain, filled = model(full), model(full[..., :3]), model(gray)
+    assert colored.shape == plain.shape == (2, DIM) and colored.isfinite().all()
+    assert torch.equal(plain, filled)  # no color means 0.4 gray
+    assert torch.equal(colored, plain) == (reads == 3)  # color is seen by those that read it, and by no other
+    assert not torch.allclose(colored[0], colored[1], atol=1e-5)  # two clouds, two answers
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -55,7 +63,11 @@ def test_gradients_reach_every_parameter(name):
     model = trainable(name)
     weight = torch.randn(2, DIM, generator=torch.Generator().manual_seed(1))
     (model(cloud()) * weight).sum().backward()
-    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
+    without = [
+        n
+        for n, p in model.named_parameters()
+        if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()
+    ]
     assert without == []
 
 
@@ -170,9 +182,15 @@ def test_parameter_names_of_published_point_transformer():
     norm = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
     both = {"weight", "bias"}
     expected = {"cls_token", "cls_pos"}
-    expected |= {f"encoder.{conv}.{i}.{end}" for conv in ("first_conv", "second_conv") for i in (0, 3) for end in both}
+    expected |= {
+        f"encoder.{conv}.{i}.{end}" for conv in ("first_conv", "second_conv") for i in (0, 3) for end in both
+    }
     expected |= {f"encoder.{conv}.1.{end}" for conv in ("first_conv", "second_conv") for end in norm}
-    expected |= {f"{part}.{end}" for part in ("reduce_dim", "pos_embed.0", "pos_embed.2", "norm", "projection") for end in both}
+    expected |= {
+        f"{part}.{end}"
+        for part in ("reduce_dim", "pos_embed.0", "pos_embed.2", "norm", "projection")
+        for end in both
+    }
     for n in range(12):
         inner = ("norm1", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
         expected |= {f"blocks.blocks.{n}.{part}.{end}" for part in inner for end in both}
@@ -192,7 +210,10 @@ def test_parameter_names_of_published_pointmlp():
         expected |= {f"pre_blocks_list.{n}.transfer.net.{end}" for end in layer}
         for half in ("pre", "pos"):
             expected |= {
-                f"{half}_blocks_list.{n}.operation.{block}.net{i}.{end}" for block in (0, 1) for i in (1, 2) for end in layer
+                f"{half}_blocks_list.{n}.operation.{block}.net{i}.{end}"
+                for block in (0, 1)
+                for i in (1, 2)
+                for end in layer
             }
     model = create_encoder("pointmlp", in_channels=3)
     assert set(model.state_dict()) == expected
@@ -214,31 +235,36 @@ def test_small_sizes():
 
 def test_architectures_are_imported_on_demand():
     code = (
-        "import sys; from cg3d.encoders.registry import create_encoder\n"
-        "assert 'cg3d.encoders.pointmlp' not in sys.modules\n"
-        "create_encoder('pointnet', dim=4); assert 'cg3d.encoders.pointmlp' in sys.modules"
+        "import sys; from cg3d.models.registry import create_encoder\n"
+        "assert 'cg3d.models.pointmlp' not in sys.modules\n"
+        "create_encoder('pointnet', dim=4); assert 'cg3d.models.pointmlp' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("name", ["pointmlp_small", "point_transformer_small"])
 def test_a_compiled_encoder_gives_the_same(name, monkeypatch):
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # traced as for a GPU, without generating code
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="eager")
+    )  # traced as for a GPU, without generating code
     model = encoder(name)
-    with torch.no_grad(): assert torch.allclose(compiled(model)(cloud()), model(cloud()), atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(compile_encoder(model)(cloud()), model(cloud()), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["pointmlp_small", "point_transformer_small"])
 def test_a_compiled_encoder_is_translated_once(name, monkeypatch):
     """Batch norm's momentum changes in each of the first ten steps; each would be translated anew, and after eight torch gives up."""
     graphs = []
+
     def count(graph, inputs):
         graphs.append(graph)
         return graph.forward
+
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
     model, seen = encoder(name).train(), []
-    quick = compiled(model)
+    quick = compile_encoder(model)
     for _ in range(14):
         quick(cloud()).sum().backward()
         seen.append(len(graphs))

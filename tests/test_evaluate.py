@@ -1,4 +1,5 @@
 """The judge: known answers, the protocol beside every number, no choice on the test rows, and names that stand for no model."""
+
 import json
 import os
 import subprocess
@@ -13,29 +14,58 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cg3d.encoders.registry import create_encoder
-from cg3d.evaluate import Protocol, ask, judge, judged_table, label_list, open_model
-from cg3d.layouts import write_layout
-from cg3d.model import CG3D
-from cg3d.probe import ViewEncoder, few_shot, linear_probe
-from cg3d.published import load_published
-from cg3d.shapes import Collection, Packed, furniture, write_collection
-from cg3d.zeroshot import MAJORITY, SHAPE, TEMPLATE_SETS, TOWER, confused, directions, published_templates, results, templates_of
+from cg3d.data.furniture import furniture
+from cg3d.evaluation.comparison import (
+    Protocol,
+    compare_models,
+    comparison_table,
+    label_list,
+    open_model,
+    predict,
+)
+from cg3d.evaluation.linear_probe import ViewEncoder, few_shot, linear_probe
+from cg3d.evaluation.zero_shot import (
+    MAJORITY,
+    SHAPE,
+    TEMPLATE_SETS,
+    TOWER,
+    confused,
+    directions,
+    published_templates,
+    results,
+    templates_of,
+)
+from cg3d.io.collection import Collection, Packed, write_collection
+from cg3d.models.cg3d import CG3D
+from cg3d.models.registry import create_encoder
+from cg3d.pretrained.loading import load_published
+from cg3d.zz.layouts import write_layout
 
 ROOT = Path(__file__).parent.parent
 LABELS = ["ball", "cone", "cube", "disc"]
 TRUTH = [0, 0, 0, 1, 1, 2, 3, 3, 3, 3]  # of the test rows
-ASKED = ["templates", "text", "points", "up", "colour", "seen", "views"]
+ASKED = ["templates", "text", "points", "up", "color", "seen", "views"]
 
 
-def toys(truth=TRUTH, splits=("train", "val", "test"), points=128, coloured=True, names=LABELS):
-    """Clouds whose colour tells the label: red channel (label + 1) / 10."""
+def toys(truth=TRUTH, splits=("train", "val", "test"), points=128, colored=True, names=LABELS):
+    """Clouds whose color tells the label: red channel (label + 1) / 10."""
     random, all_of = np.random.default_rng(0), list(truth) * len(splits)
     n = len(all_of)
     colors = np.repeat((np.array(all_of)[:, None, None] + 1) * 25, points, 1).repeat(3, 2).astype(np.uint8)
-    arrays = {"points": random.integers(-20000, 20000, (n, points, 3)).astype(np.int16), "colors": colors, "has_color": np.full(n, coloured)}
+    arrays = {
+        "points": random.integers(-20000, 20000, (n, points, 3)).astype(np.int16),
+        "colors": colors,
+        "has_color": np.full(n, colored),
+    }
     words = [names[i] for i in all_of]
-    table = pd.DataFrame({"name": words, "category": words, "id": [f"s{i}" for i in range(n)], "split": np.repeat(splits, len(truth))})
+    table = pd.DataFrame(
+        {
+            "name": words,
+            "category": words,
+            "id": [f"s{i}" for i in range(n)],
+            "split": np.repeat(splits, len(truth)),
+        }
+    )
     return Collection(table, Packed(None, n, arrays), np.arange(n))
 
 
@@ -47,109 +77,251 @@ def untrained():
 
 class Told:
     """A model that answers as it is told: label -> answer. It wraps a real one for the towers, and counts what it sees."""
+
     def __init__(self, model, answers, labels=LABELS, templates="own"):
         self.model, self.answers, self.seen = model, torch.tensor(answers), 0
         self.words = directions(model.prompts, labels, templates_of(templates))
-    def __getattr__(self, name): return getattr(self.model, name)
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
     def embed(self, points):
         self.seen += len(points)
         return self.words[self.answers[(points[:, 0, 3] * 10.2).round().long() - 1]]
 
 
 def test_known_answers(untrained):
-    perfect = ask(Told(untrained, [0, 1, 2, 3]), toys(), LABELS).table.set_index("method")
-    assert perfect.loc[SHAPE, ["top1", "top3", "mean_class"]].tolist() == [100, 100, 100] and perfect.loc[SHAPE, ["shapes", "classes"]].tolist() == [10, 4]
-    assert perfect.loc[MAJORITY, ["top1", "top3", "mean_class"]].tolist() == [40, 90, 25]  # disc 4 of 10, then ball 3, cone 2
-    one = ask(Told(untrained, [0, 1, 3, 0]), toys(), LABELS)  # the cube is taken for a disc, discs for balls: 5 of 10, classes 1, 1, 0, 0
+    perfect = predict(Told(untrained, [0, 1, 2, 3]), toys(), LABELS).table.set_index("method")
+    assert perfect.loc[SHAPE, ["top1", "top3", "mean_class"]].tolist() == [100, 100, 100] and perfect.loc[
+        SHAPE, ["shapes", "classes"]
+    ].tolist() == [10, 4]
+    assert perfect.loc[MAJORITY, ["top1", "top3", "mean_class"]].tolist() == [
+        40,
+        90,
+        25,
+    ]  # disc 4 of 10, then ball 3, cone 2
+    one = predict(
+        Told(untrained, [0, 1, 3, 0]), toys(), LABELS
+    )  # the cube is taken for a disc, discs for balls: 5 of 10, classes 1, 1, 0, 0
     assert one.table.set_index("method").loc[SHAPE, ["top1", "mean_class"]].tolist() == [50, 50]
     table = one.per_class.set_index("label")
-    assert table["shapes"].to_dict() == {"ball": 3, "cone": 2, "cube": 1, "disc": 4} and table["top1"].to_dict() == {"ball": 100, "cone": 100, "cube": 0, "disc": 0}
-    assert table.loc["cube", "taken for"] == "disc" and table.loc["disc", "taken for"] == "ball" and table.loc["ball", "taken for"] == ""
+    assert table["shapes"].to_dict() == {"ball": 3, "cone": 2, "cube": 1, "disc": 4} and table[
+        "top1"
+    ].to_dict() == {"ball": 100, "cone": 100, "cube": 0, "disc": 0}
+    assert (
+        table.loc["cube", "taken for"] == "disc"
+        and table.loc["disc", "taken for"] == "ball"
+        and table.loc["ball", "taken for"] == ""
+    )
     counts = confused(one.scores[SHAPE], one.target, LABELS)
-    assert counts.loc["disc", "ball"] == 4 and counts.loc["cube", "disc"] == 1 and counts.to_numpy().sum() == 10 and np.trace(counts.to_numpy()) == 5
+    assert (
+        counts.loc["disc", "ball"] == 4
+        and counts.loc["cube", "disc"] == 1
+        and counts.to_numpy().sum() == 10
+        and np.trace(counts.to_numpy()) == 5
+    )
     told = one.predictions
-    assert told["true"].tolist() == [LABELS[i] for i in TRUTH] and (told["first"] == told["true"]).sum() == 5 and told["id"].tolist() == [f"s{i}" for i in range(20, 30)]
+    assert (
+        told["true"].tolist() == [LABELS[i] for i in TRUTH]
+        and (told["first"] == told["true"]).sum() == 5
+        and told["id"].tolist() == [f"s{i}" for i in range(20, 30)]
+    )
 
 
 def test_accuracies_by_hand():
-    scores = torch.tensor([[.9, .5, .4, .3, .2, .1], [.5, .9, .4, .3, .2, .1], [.9, .8, .7, .6, .5, .4], [.1, .2, .3, .4, .5, .6]])
+    scores = torch.tensor(
+        [
+            [0.9, 0.5, 0.4, 0.3, 0.2, 0.1],
+            [0.5, 0.9, 0.4, 0.3, 0.2, 0.1],
+            [0.9, 0.8, 0.7, 0.6, 0.5, 0.4],
+            [0.1, 0.2, 0.3, 0.4, 0.5, 0.6],
+        ]
+    )
     row = results({"x": scores}, torch.tensor([0, 0, 4, 0])).iloc[0]  # ranks 1, 2, 5, 6
-    assert (row["top1"], row["top3"], row["top5"]) == (25, 50, 75) and row["mean_class"] == pytest.approx(100 / 6, abs=0.01)  # label 0: 1 of 3, label 4: 0 of 1
+    assert (row["top1"], row["top3"], row["top5"]) == (25, 50, 75) and row["mean_class"] == pytest.approx(
+        100 / 6, abs=0.01
+    )  # label 0: 1 of 3, label 4: 0 of 1
 
 
 def test_one_table_of_models_sets_and_ways(untrained, tmp_path):
-    other = CG3D.build(encoder="pointnet", clip="nano", clip_weights="random", points=256, in_channels=3, visual_prompt="shallow").eval()
-    sets = {"toys": toys(), "grey": toys(coloured=False)}
-    answers = judge({"a": untrained, "b": other}, sets, [Protocol(), Protocol("single", normalise_text=False, one_sided=True, seed=3, views=2)], labels=LABELS)
-    judged_table(answers).to_csv(tmp_path / "results.csv", index=False)
+    other = CG3D.build(
+        encoder="pointnet",
+        clip="nano",
+        clip_weights="random",
+        points=256,
+        in_channels=3,
+        visual_prompt="shallow",
+    ).eval()
+    sets = {"toys": toys(), "gray": toys(colored=False)}
+    answers = compare_models(
+        {"a": untrained, "b": other},
+        sets,
+        [Protocol(), Protocol("single", normalize_text=False, one_sided=True, seed=3, views=2)],
+        labels=LABELS,
+    )
+    comparison_table(answers).to_csv(tmp_path / "results.csv", index=False)
     table = pd.read_csv(tmp_path / "results.csv")
     assert len(answers) == 8 and not table.isna().any().any()  # nothing about a number is left empty
-    assert table.groupby("data")["method"].apply(lambda column: (column == MAJORITY).sum()).to_dict() == {"toys": 1, "grey": 1}
-    for method in (SHAPE, TOWER): assert (table["method"] == method).sum() == 8
+    assert table.groupby("data")["method"].apply(lambda column: (column == MAJORITY).sum()).to_dict() == {
+        "toys": 1,
+        "gray": 1,
+    }
+    for method in (SHAPE, TOWER):
+        assert (table["method"] == method).sum() == 8
     assert set(table["split"]) == {"test"} and set(table["shapes"]) == {10} and set(table["classes"]) == {4}
     row = table.set_index(["model", "data", "templates", "method"]).sort_index()
-    assert row.loc[("a", "toys", "own (16)", SHAPE), ASKED[1:]].tolist() == ["normalised", "64 of 128", "y", "100 % of shapes", "whole", 0]
-    assert row.loc[("a", "toys", "single (1)", SHAPE), ASKED[1:]].tolist() == ["as it is", "64 of 128", "y", "100 % of shapes", "one side (seed 3)", 0]
-    assert row.loc[("a", "toys", "single (1)", TOWER), ASKED[1:]].tolist() == ["as it is", "128 of 128", "y", "100 % of shapes", "whole", 2]
-    assert row.loc[("b", "toys", "own (16)", SHAPE), "colour"] == "unused" and row.loc[("b", "toys", "own (16)", SHAPE), "points"] == "256 of 128, repeated"
-    assert row.loc[("a", "grey", "own (16)", SHAPE), "colour"] == "0 % of shapes"
-    same = judge({"a": untrained}, {"toys": toys()}, labels=LABELS)[0]
+    assert row.loc[("a", "toys", "own (16)", SHAPE), ASKED[1:]].tolist() == [
+        "normalized",
+        "64 of 128",
+        "y",
+        "100 % of shapes",
+        "whole",
+        0,
+    ]
+    assert row.loc[("a", "toys", "single (1)", SHAPE), ASKED[1:]].tolist() == [
+        "as it is",
+        "64 of 128",
+        "y",
+        "100 % of shapes",
+        "one side (seed 3)",
+        0,
+    ]
+    assert row.loc[("a", "toys", "single (1)", TOWER), ASKED[1:]].tolist() == [
+        "as it is",
+        "128 of 128",
+        "y",
+        "100 % of shapes",
+        "whole",
+        2,
+    ]
+    assert (
+        row.loc[("b", "toys", "own (16)", SHAPE), "color"] == "unused"
+        and row.loc[("b", "toys", "own (16)", SHAPE), "points"] == "256 of 128, repeated"
+    )
+    assert row.loc[("a", "gray", "own (16)", SHAPE), "color"] == "0 % of shapes"
+    same = compare_models({"a": untrained}, {"toys": toys()}, labels=LABELS)[0]
     assert torch.equal(same.scores[SHAPE], answers[0].scores[SHAPE])
 
 
 def test_the_table_needs_answers():
-    with pytest.raises(ValueError, match="no answers"): judged_table([])
+    with pytest.raises(ValueError, match="no answers"):
+        comparison_table([])
 
 
-@pytest.mark.parametrize("split,choose_on", [("test", "test"), ("test", "all"), ("val", "val"), ("all", "val"), ("val", "test"), ("val", "Test"), ("val", "test_unseen"), ("train", "testing")])
+@pytest.mark.parametrize(
+    "split,choose_on",
+    [
+        ("test", "test"),
+        ("test", "all"),
+        ("val", "val"),
+        ("all", "val"),
+        ("val", "test"),
+        ("val", "Test"),
+        ("val", "test_unseen"),
+        ("train", "testing"),
+    ],
+)
 def test_nothing_is_chosen_on_judged_or_test_rows(untrained, split, choose_on):
-    with pytest.raises(ValueError, match=f"choose_on='{choose_on}' would choose"): judge({"a": untrained}, {"toys": toys()}, [Protocol(), Protocol("single")], split, LABELS, choose_on=choose_on)
+    with pytest.raises(ValueError, match=f"choose_on='{choose_on}' would choose"):
+        compare_models(
+            {"a": untrained},
+            {"toys": toys()},
+            [Protocol(), Protocol("single")],
+            split,
+            LABELS,
+            choose_on=choose_on,
+        )
 
 
 def test_the_choice_is_made_on_validation_rows_alone(untrained):
     """Good on validation, bad on test is chosen over the reverse; the other never sees a test row."""
     good, bad = Told(untrained, [0, 1, 2, 3]), Told(untrained, [1, 2, 3, 0])
     shapes = toys()
-    swapped = shapes.table["split"].eq("test").to_numpy()  # on test rows the labels are turned, so that `bad` is right there
-    shapes.table.loc[swapped, "category"] = [LABELS[(LABELS.index(word) + 1) % 4] for word in shapes.table.loc[swapped, "category"]]
-    (one,) = judge({"bad": bad, "good": good}, {"toys": shapes}, labels=LABELS, choose_on="val")
+    swapped = (
+        shapes.table["split"].eq("test").to_numpy()
+    )  # on test rows the labels are turned, so that `bad` is right there
+    shapes.table.loc[swapped, "category"] = [
+        LABELS[(LABELS.index(word) + 1) % 4] for word in shapes.table.loc[swapped, "category"]
+    ]
+    (one,) = compare_models({"bad": bad, "good": good}, {"toys": shapes}, labels=LABELS, choose_on="val")
     assert one.model == "good" and one.table["top1"].iloc[0] == 0 and (good.seen, bad.seen) == (20, 10)
-    assert set(judged_table([one]).loc[lambda table: table["method"] == SHAPE, "chosen on"]) == {"val"}
+    assert set(comparison_table([one]).loc[lambda table: table["method"] == SHAPE, "chosen on"]) == {"val"}
 
 
 class Lengths(nn.Module):
     """Text vectors of very different lengths."""
-    def encode_text(self, texts): return torch.stack([{"a p": torch.tensor([3., 0.]), "the p": torch.tensor([0., 1.]), "a q": torch.tensor([0., 2.]), "the q": torch.tensor([0., 2.])}[text] for text in texts])
+
+    def encode_text(self, texts):
+        return torch.stack(
+            [
+                {
+                    "a p": torch.tensor([3.0, 0.0]),
+                    "the p": torch.tensor([0.0, 1.0]),
+                    "a q": torch.tensor([0.0, 2.0]),
+                    "the q": torch.tensor([0.0, 2.0]),
+                }[text]
+                for text in texts
+            ]
+        )
 
 
-def test_normalised_text_and_the_official_way():
+def test_normalized_text_and_the_official_way():
     whole = directions(Lengths(), ["p", "q"], ["a {}", "the {}"])
-    raw = directions(Lengths(), ["p", "q"], ["a {}", "the {}"], normalise=False)
-    assert torch.allclose(whole, torch.tensor([[.5 ** .5, .5 ** .5], [0, 1]])) and torch.equal(raw, torch.tensor([[1.5, .5], [0, 2]]))
-    shape = F.normalize(torch.tensor([.6, .8]), dim=0)
+    raw = directions(Lengths(), ["p", "q"], ["a {}", "the {}"], normalize=False)
+    assert torch.allclose(whole, torch.tensor([[0.5**0.5, 0.5**0.5], [0, 1]])) and torch.equal(
+        raw, torch.tensor([[1.5, 0.5], [0, 2]])
+    )
+    shape = F.normalize(torch.tensor([0.6, 0.8]), dim=0)
     assert (shape @ whole.T).argmax() == 0 and (shape @ raw.T).argmax() == 1  # the same shape, another answer
 
 
 def test_template_sets():
-    assert {name: len(sentences) for name, sentences in TEMPLATE_SETS.items()} == {"own": 16, "single": 1, "cg3d63": 63, "ulip64": 64}
-    for sentences in TEMPLATE_SETS.values(): assert len(set(sentences)) == len(sentences) and all(sentence.count("{}") == 1 for sentence in sentences)
-    assert TEMPLATE_SETS["ulip64"] == ("a point cloud model of {}.", *published_templates(False)) and not any("point cloud" in sentence for sentence in TEMPLATE_SETS["cg3d63"])
+    assert {name: len(sentences) for name, sentences in TEMPLATE_SETS.items()} == {
+        "own": 16,
+        "single": 1,
+        "cg3d63": 63,
+        "ulip64": 64,
+    }
+    for sentences in TEMPLATE_SETS.values():
+        assert len(set(sentences)) == len(sentences) and all(
+            sentence.count("{}") == 1 for sentence in sentences
+        )
+    assert TEMPLATE_SETS["ulip64"] == ("a point cloud model of {}.", *published_templates(False)) and not any(
+        "point cloud" in sentence for sentence in TEMPLATE_SETS["cg3d63"]
+    )
     assert templates_of("a {} | the {}") == ("a {}", "the {}")
-    with pytest.raises(ValueError, match="own, single, cg3d63, ulip64"): Protocol("ulip63")
-    with pytest.raises(ValueError, match="views=0"): Protocol(views=0)
+    with pytest.raises(ValueError, match="own, single, cg3d63, ulip64"):
+        Protocol("ulip63")
+    with pytest.raises(ValueError, match="views=0"):
+        Protocol(views=0)
 
 
-@pytest.mark.parametrize("options,error,words", [
-    (dict(split="exam"), ValueError, "split='exam'; there are test, train, val"), (dict(labels=["chair"]), ValueError, "no shape carries|at least two"),
-    (dict(labels=["ball"]), ValueError, "at least two labels"), (dict(labels=["ball", "ball"]), ValueError, "given 2 times"), (dict(labels=["ball", " "]), ValueError, "blank"),
-    (dict(labels="ball"), TypeError, "single string"), (dict(labels=["sofa", "bed"]), ValueError, "no shape carries one of the 2 labels"),
-    (dict(column="kind"), ValueError, "no column 'kind'"), (dict(min_shapes=1000), ValueError, "lower min_shapes"), (dict(protocols=[]), ValueError, "at least one")])
+@pytest.mark.parametrize(
+    "options,error,words",
+    [
+        (dict(split="exam"), ValueError, "split='exam'; there are test, train, val"),
+        (dict(labels=["chair"]), ValueError, "no shape carries|at least two"),
+        (dict(labels=["ball"]), ValueError, "at least two labels"),
+        (dict(labels=["ball", "ball"]), ValueError, "given 2 times"),
+        (dict(labels=["ball", " "]), ValueError, "blank"),
+        (dict(labels="ball"), TypeError, "single string"),
+        (dict(labels=["sofa", "bed"]), ValueError, "no shape carries one of the 2 labels"),
+        (dict(column="kind"), ValueError, "no column 'kind'"),
+        (dict(min_shapes=1000), ValueError, "lower min_shapes"),
+        (dict(protocols=[]), ValueError, "at least one"),
+    ],
+)
 def test_bad_questions(untrained, options, error, words):
-    with pytest.raises(error, match=words): judge({"a": untrained}, {"toys": toys()}, **options)
+    with pytest.raises(error, match=words):
+        compare_models({"a": untrained}, {"toys": toys()}, **options)
 
 
 def test_labels_are_the_given_the_published_or_the_frequent():
-    assert label_list(toys(), ["disc", "ball"]) == ["disc", "ball"] and label_list(toys(), min_shapes=6) == ["ball", "cone", "disc"]
+    assert label_list(toys(), ["disc", "ball"]) == ["disc", "ball"] and label_list(toys(), min_shapes=6) == [
+        "ball",
+        "cone",
+        "disc",
+    ]
     listed = toys()
     listed.labels = ["disc", "sofa", "ball"]
     assert label_list(listed) == ["disc", "sofa", "ball"]
@@ -160,22 +332,32 @@ def test_names_of_models(untrained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = CG3D.build(encoder="pointnet", clip="nano", points=64).eval()
     tiny.save(tmp_path / "runs" / "mine")
-    for name in ("mine", str(tmp_path / "runs" / "mine")): assert torch.allclose(open_model(name).embed(toys().points([0])), tiny.embed(toys().points([0])), atol=1e-3)
+    for name in ("mine", str(tmp_path / "runs" / "mine")):
+        assert torch.allclose(
+            open_model(name).embed(toys().points([0])), tiny.embed(toys().points([0])), atol=1e-3
+        )
     run = tmp_path / "runs" / "mine"
     whole, state = (run / "model.safetensors").read_bytes(), load_file(run / "model.safetensors")
     name = sorted(state)[0]
     save_file({key: value for key, value in state.items() if key != name}, run / "model.safetensors")
-    with pytest.raises(ValueError, match=f"missing: {name}"): open_model("mine")
+    with pytest.raises(ValueError, match=f"missing: {name}"):
+        open_model("mine")
     save_file(state | {"encoder.more": torch.ones(1)}, run / "model.safetensors")
-    with pytest.raises(ValueError, match="unknown: encoder.more"): open_model("mine")
+    with pytest.raises(ValueError, match="unknown: encoder.more"):
+        open_model("mine")
     (run / "model.safetensors").write_bytes(whole[:1000])
-    with pytest.raises(ValueError, match="cannot be read|damaged"): open_model("mine")
+    with pytest.raises(ValueError, match="cannot be read|damaged"):
+        open_model("mine")
     (run / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="model.safetensors is not there"): open_model("mine")
+    with pytest.raises(FileNotFoundError, match="model.safetensors is not there"):
+        open_model("mine")
     (run / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="config.json is not there"): open_model(str(run))
-    with pytest.raises(FileNotFoundError, match="no model 'runs/nobody'|nobody"): open_model("nobody")
-    with pytest.raises(FileNotFoundError, match="no such file"): open_model("./no/such.pt")
+    with pytest.raises(FileNotFoundError, match="config.json is not there"):
+        open_model(str(run))
+    with pytest.raises(FileNotFoundError, match="no model 'runs/nobody'|nobody"):
+        open_model("nobody")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        open_model("./no/such.pt")
 
 
 def test_published_weights_are_judged_under_their_contract(tmp_path):
@@ -183,49 +365,86 @@ def test_published_weights_are_judged_under_their_contract(tmp_path):
     model = open_model(str(file))
     assert model.report.family == "ulip"
     few = toys([0, 1], splits=("test",), points=model.contract.points // 2)
-    answer = ask(model, few, LABELS, Protocol("single"))
+    answer = predict(model, few, LABELS, Protocol("single"))
     row = answer.table.iloc[0]
-    assert row["points"] == f"{model.contract.points} of {model.contract.points // 2}, repeated" and row["colour"] == "unused" and row["up"] == ("z" if model.contract.swap_yz else "y")
+    assert (
+        row["points"] == f"{model.contract.points} of {model.contract.points // 2}, repeated"
+        and row["color"] == "unused"
+        and row["up"] == ("z" if model.contract.swap_yz else "y")
+    )
     assert answer.table["method"].tolist()[:3] == [SHAPE, MAJORITY, TOWER]
-    with pytest.raises(ValueError, match="reads clouds of"): model.encoder(few.points())
+    with pytest.raises(ValueError, match="reads clouds of"):
+        model.encoder(few.points())
     assert open_model(f"{file}?points=512").contract.points == 512
-    with pytest.raises(ValueError, match="points=many is no number"): open_model(f"{file}?points=many")
-    with pytest.raises(ValueError, match="no setting 'pints'"): open_model(f"{file}?pints=512")
-    with pytest.raises(ValueError, match="name=value"): open_model(f"{file}?points")
-    with pytest.raises((ValueError, TypeError), match="uni3d"): open_model(f"{file}?family=uni3d")
+    with pytest.raises(ValueError, match="points=many is no number"):
+        open_model(f"{file}?points=many")
+    with pytest.raises(ValueError, match="no setting 'pints'"):
+        open_model(f"{file}?pints=512")
+    with pytest.raises(ValueError, match="name=value"):
+        open_model(f"{file}?points")
+    with pytest.raises((ValueError, TypeError), match="uni3d"):
+        open_model(f"{file}?family=uni3d")
     start, probed = load_published(file, points=512), toys([0, 1] * 3, points=512)
-    table = linear_probe(start, probed.select(split="train"), probed.select(split="test"), cache=tmp_path / "features")
+    table = linear_probe(
+        start, probed.select(split="train"), probed.select(split="test"), cache=tmp_path / "features"
+    )
     assert table[["train", "test", "classes", "dim"]].iloc[0].tolist() == [6, 6, 2, start.encoder.dim]
 
 
-class Colour(nn.Module):
-    """Knows the label's colour, and nothing else."""
-    def forward(self, points): return F.one_hot((points[:, 0, 3] * 10.2).round().long(), 6).float() + 0.5
+class Color(nn.Module):
+    """Knows the label's color, and nothing else."""
+
+    def forward(self, points):
+        return F.one_hot((points[:, 0, 3] * 10.2).round().long(), 6).float() + 0.5
 
 
 def test_labels_with_fewer_examples_than_shots(tmp_path):
     train, test = toys([0] * 6 + [1] * 6 + [2] * 3, splits=("train",)), toys([0, 1, 2], splits=("test",))
     options = dict(seeds=3, points=64, cache=tmp_path)
-    table = few_shot(Colour(), train, test.select(category=["ball", "cone"]), shots=(1, 4), **options)
-    assert table["classes"].tolist() == [2, 2] and table["short"].tolist() == [0, 0]  # the cube, which has three, is left out
-    with pytest.raises(ValueError, match="'cube' has 3.*allow_fewer"): few_shot(Colour(), train, test, LABELS[:3], shots=(1, 4), **options)
-    table = few_shot(Colour(), train, test, allow_fewer=True, shots=(1, 3, 4, 8), **options)
-    assert table["short"].tolist() == [0, 0, 1, 3] and table["classes"].tolist() == [3] * 4 and table["accuracy"].tolist() == [100] * 4 and table["deviation"].tolist() == [0] * 4
+    table = few_shot(Color(), train, test.select(category=["ball", "cone"]), shots=(1, 4), **options)
+    assert table["classes"].tolist() == [2, 2] and table["short"].tolist() == [
+        0,
+        0,
+    ]  # the cube, which has three, is left out
+    with pytest.raises(ValueError, match="'cube' has 3.*allow_fewer"):
+        few_shot(Color(), train, test, LABELS[:3], shots=(1, 4), **options)
+    table = few_shot(Color(), train, test, allow_fewer=True, shots=(1, 3, 4, 8), **options)
+    assert (
+        table["short"].tolist() == [0, 0, 1, 3]
+        and table["classes"].tolist() == [3] * 4
+        and table["accuracy"].tolist() == [100] * 4
+        and table["deviation"].tolist() == [0] * 4
+    )
 
 
 def test_the_image_tower_is_probed_as_an_encoder(untrained, tmp_path):
     eye, two = ViewEncoder(untrained.backbone), ViewEncoder(untrained.backbone, 2)
     clouds = toys([0, 1], splits=("test",)).points()
-    assert eye(clouds).shape == two(clouds).shape == (2, untrained.backbone.dim) and not torch.allclose(eye(clouds), two(clouds))
-    assert torch.allclose(eye(clouds)[1:], eye(clouds[1:]), atol=1e-5)  # one shape's features do not depend on its neighbours
+    assert eye(clouds).shape == two(clouds).shape == (2, untrained.backbone.dim) and not torch.allclose(
+        eye(clouds), two(clouds)
+    )
+    assert torch.allclose(
+        eye(clouds)[1:], eye(clouds[1:]), atol=1e-5
+    )  # one shape's features do not depend on its neighbors
     shapes = toys([0, 1] * 4, splits=("train", "test"))
-    assert linear_probe(eye, *(shapes.select(split=split) for split in ("train", "test")), points=128, cache=tmp_path)["dim"][0] == untrained.backbone.dim
+    assert (
+        linear_probe(
+            eye, *(shapes.select(split=split) for split in ("train", "test")), points=128, cache=tmp_path
+        )["dim"][0]
+        == untrained.backbone.dim
+    )
 
 
 def test_a_fresh_encoder_is_a_floor_not_a_failure(tmp_path):
     torch.manual_seed(0)
     encoder = create_encoder("pointnet", dim=32)
-    row = linear_probe(encoder, *(furniture().select(split=split) for split in ("train", "test")), ["chair", "table", "person", "lamp"], points=64, cache=tmp_path).iloc[0]
+    row = linear_probe(
+        encoder,
+        *(furniture().select(split=split) for split in ("train", "test")),
+        ["chair", "table", "person", "lamp"],
+        points=64,
+        cache=tmp_path,
+    ).iloc[0]
     assert 0 < row["accuracy"] <= 100 and 0 < row["mean_class"] <= 100 and row["classes"] == 4
 
 
@@ -234,11 +453,48 @@ def test_the_job_judges_several_and_writes_all(tmp_path):
     CG3D.build(encoder="pointnet", clip="nano", points=64).save(tmp_path / "run")
     write_collection(tmp_path / "toys", toys(), 128, toys().table[["category", "split"]])
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "cg3d.cli", "evaluate", "-p", "checkpoint", f"nano, {tmp_path / 'run'}", "-p", "data", f"{tmp_path / 'toys'}, {tmp_path / 'toys.npz'}", "-p", "min_shapes", "3",
-                           "-p", "templates", "single; a {} | the {}", "-p", "out", tmp_path / "out", "--notebook", tmp_path / "out.ipynb", "--json"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "cg3d.cli.app",
+            "evaluate",
+            "-p",
+            "checkpoint",
+            f"nano, {tmp_path / 'run'}",
+            "-p",
+            "data",
+            f"{tmp_path / 'toys'}, {tmp_path / 'toys.npz'}",
+            "-p",
+            "min_shapes",
+            "3",
+            "-p",
+            "templates",
+            "single; a {} | the {}",
+            "-p",
+            "out",
+            tmp_path / "out",
+            "--notebook",
+            tmp_path / "out.ipynb",
+            "--json",
+        ],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     table = pd.read_csv(tmp_path / "out" / "results.csv")
-    assert not table.isna().any().any() and len(table[table["method"] == SHAPE]) == 8 and (table["method"] == MAJORITY).sum() == 2 and set(ASKED) <= set(table.columns)
+    assert (
+        not table.isna().any().any()
+        and len(table[table["method"] == SHAPE]) == 8
+        and (table["method"] == MAJORITY).sum() == 2
+        and set(ASKED) <= set(table.columns)
+    )
     assert json.loads(done.stdout)["results"] == json.loads(table.to_json(orient="records"))
     assert len(list((tmp_path / "out" / "figures").glob("confusion*.png"))) == 8
-    assert len(pd.read_csv(tmp_path / "out" / "per_class.csv")) == 8 * 4 and len(pd.read_csv(tmp_path / "out" / "predictions.csv")) == 8 * 10
+    assert (
+        len(pd.read_csv(tmp_path / "out" / "per_class.csv")) == 8 * 4
+        and len(pd.read_csv(tmp_path / "out" / "predictions.csv")) == 8 * 10
+    )

@@ -1,4 +1,5 @@
 """The job notebooks through papermill, as a user runs them; and the recipes."""
+
 import ast
 import json
 import os
@@ -7,26 +8,38 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import miniatures as mini
 import pandas as pd
 import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
 
-import miniatures as mini
-from cg3d.backbone import NANO_CONFIG, load_backbone
-from cg3d.config import TrainConfig, ZeroShotConfig, settings
-from cg3d.layouts import write_layout
-from cg3d.model import load
-from cg3d.speed import BenchmarkConfig
+from cg3d.models.cg3d import load
+from cg3d.models.clip_backbone import NANO_CONFIG, load_backbone
+from cg3d.training.config import TrainConfig, ZeroShotConfig, settings
+from cg3d.zz.layouts import write_layout
+from cg3d.zz.speed import BenchmarkConfig
 
 ROOT = Path(__file__).parent.parent
 
 
 def papermill(notebook, out, *parameters, cwd=ROOT):
     """Run a job notebook in a process of its own, cg3d importable wherever it starts."""
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])), "OMP_NUM_THREADS": "1", "CG3D_CACHE": str(out / "cache")}
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(Path(os.path.relpath(ROOT / "nbs", cwd)) / notebook), str(out / notebook), *map(str, parameters)]
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "OMP_NUM_THREADS": "1",
+        "CG3D_CACHE": str(out / "cache"),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        "--no-progress-bar",
+        str(Path(os.path.relpath(ROOT / "nbs", cwd)) / notebook),
+        str(out / notebook),
+        *map(str, parameters),
+    ]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -38,14 +51,26 @@ def smoke(tmp_path_factory):
     towers.mkdir()
     (towers / "open_clip_config.json").write_text(json.dumps(NANO_CONFIG))
     save_file(load_backbone("nano", "random").clip.state_dict(), towers / "open_clip_model.safetensors")
-    done = papermill("train.ipynb", out, "-f", ROOT / "recipes/smoke.yaml", "-p", "clip", towers, "-p", "out", out / "run")
+    done = papermill(
+        "train.ipynb", out, "-f", ROOT / "recipes/smoke.yaml", "-p", "clip", towers, "-p", "out", out / "run"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 
 
 def test_train_writes_its_run(smoke):
     run = smoke / "run"
-    for name in ("train.json", "config.json", "model.safetensors", "environment.json", "checkpoints", "metrics.csv", "results.csv", "figures/loss.png", "figures/confusion.png"):
+    for name in (
+        "train.json",
+        "config.json",
+        "model.safetensors",
+        "environment.json",
+        "checkpoints",
+        "metrics.csv",
+        "results.csv",
+        "figures/loss.png",
+        "figures/confusion.png",
+    ):
         assert (run / name).stat().st_size > 0, name
     table = pd.read_csv(run / "results.csv")
     assert {"3D encoder", "majority class", "render a view, ask the image tower"} <= set(table["method"])
@@ -57,35 +82,85 @@ def test_train_writes_its_run(smoke):
 
 def test_zero_shot_reads_the_run_from_another_folder(smoke):
     out = smoke / "zero"
-    done = papermill("zero_shot.ipynb", smoke, "-p", "checkpoint", smoke / "run", "-p", "out", out, "-p", "labels", "chair, table, sofa, lamp", cwd=ROOT / "nbs")
+    done = papermill(
+        "zero_shot.ipynb",
+        smoke,
+        "-p",
+        "checkpoint",
+        smoke / "run",
+        "-p",
+        "out",
+        out,
+        "-p",
+        "labels",
+        "chair, table, sofa, lamp",
+        cwd=ROOT / "nbs",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     table = pd.read_csv(out / "results.csv")
-    assert list(table["method"])[:3] == ["3D encoder", "majority class", "render a view, ask the image tower"] and (table["classes"] == 4).all()
-    assert len(pd.read_csv(out / "predictions.csv")) == table["shapes"][0] and (out / "figures/confusion.png").exists()
+    assert (
+        list(table["method"])[:3] == ["3D encoder", "majority class", "render a view, ask the image tower"]
+        and (table["classes"] == 4).all()
+    )
+    assert (
+        len(pd.read_csv(out / "predictions.csv")) == table["shapes"][0]
+        and (out / "figures/confusion.png").exists()
+    )
 
 
-@pytest.mark.parametrize("name,value,words", [("lrr", 3, "unknown parameter lrr"), ("epochs", "true", "epochs='true' is a str"), ("schedule", "both", "joint, alternate, frozen")])
+@pytest.mark.parametrize(
+    "name,value,words",
+    [
+        ("lrr", 3, "unknown parameter lrr"),
+        ("epochs", "true", "epochs='true' is a str"),
+        ("schedule", "both", "joint, alternate, frozen"),
+    ],
+)
 def test_wrong_parameters_stop_the_job(tmp_path, name, value, words):
     done = papermill("train.ipynb", tmp_path, "-p", name, value)
     assert done.returncode != 0 and words in done.stderr
 
 
 def test_a_benchmark_writes_its_table_and_picture(tmp_path):
-    done = papermill("benchmark.ipynb", tmp_path, "-p", "out", tmp_path / "run", "-p", "parts", "points", "-p", "quick", "True")
+    done = papermill(
+        "benchmark.ipynb",
+        tmp_path,
+        "-p",
+        "out",
+        tmp_path / "run",
+        "-p",
+        "parts",
+        "points",
+        "-p",
+        "quick",
+        "True",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = pd.read_csv(tmp_path / "run" / "benchmark.csv")
-    assert (rows["part"] == "points").all() and (rows["ratio"].dropna() > 0).all() and rows["ratio"].notna().sum() > 5
+    assert (
+        (rows["part"] == "points").all()
+        and (rows["ratio"].dropna() > 0).all()
+        and rows["ratio"].notna().sum() > 5
+    )
     table, grown = (tmp_path / "run" / "benchmark.md").read_text().split("\n\n")
     points = sum(line.split("|")[4].count(": ") for line in grown.splitlines()[2:])
-    assert table.count("\n") + 1 - 2 + points == len(rows), "every row is told, alone or as a point of a curve"
-    assert all((tmp_path / "run" / "figures" / f"{name}.png").stat().st_size > 10_000 for name in ("speed", "growth"))
+    assert table.count("\n") + 1 - 2 + points == len(rows), (
+        "every row is told, alone or as a point of a curve"
+    )
+    assert all(
+        (tmp_path / "run" / "figures" / f"{name}.png").stat().st_size > 10_000 for name in ("speed", "growth")
+    )
 
 
-@pytest.mark.parametrize("notebook,config", [("train", TrainConfig), ("zero_shot", ZeroShotConfig), ("benchmark", BenchmarkConfig)])
+@pytest.mark.parametrize(
+    "notebook,config", [("train", TrainConfig), ("zero_shot", ZeroShotConfig), ("benchmark", BenchmarkConfig)]
+)
 def test_parameters_cell_is_the_table_of_settings(notebook, config):
     cells = json.loads((ROOT / f"nbs/{notebook}.ipynb").read_text())["cells"]
     (cell,) = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
-    lines = [line for line in "".join(cell["source"]).splitlines() if line.strip() and not line.startswith("#")]
+    lines = [
+        line for line in "".join(cell["source"]).splitlines() if line.strip() and not line.startswith("#")
+    ]
     found = {node.target.id: ast.literal_eval(node.value) for node in ast.parse("\n".join(lines)).body}
     assert found == asdict(config()) and all("  # " in line for line in lines)
 
@@ -93,22 +168,69 @@ def test_parameters_cell_is_the_table_of_settings(notebook, config):
 @pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "recipes").glob("*.yaml")))
 def test_recipes_are_settings(recipe):
     values = yaml.safe_load((ROOT / "recipes" / recipe).read_text())
-    if set(values) <= set(asdict(TrainConfig())): settings(TrainConfig, values)
-    else: assert "backbone" in recipe, sorted(set(values) - set(asdict(TrainConfig())))
+    if set(values) <= set(asdict(TrainConfig())):
+        settings(TrainConfig, values)
+    else:
+        assert "backbone" in recipe, sorted(set(values) - set(asdict(TrainConfig())))
 
 
-@pytest.mark.parametrize("recipe,writer,methods", [
-    ("official", mini.cg3d, {"3D encoder", "majority class", "render a view, ask the image tower", "render a view, ask the prompted image tower"}),
-    ("shapenet", mini.ulip, {"3D encoder", "majority class", "render a view, ask the image tower"})])
+@pytest.mark.parametrize(
+    "recipe,writer,methods",
+    [
+        (
+            "official",
+            mini.cg3d,
+            {
+                "3D encoder",
+                "majority class",
+                "render a view, ask the image tower",
+                "render a view, ask the prompted image tower",
+            },
+        ),
+        ("shapenet", mini.ulip, {"3D encoder", "majority class", "render a view, ask the image tower"}),
+    ],
+)
 def test_published_recipes_run_on_published_layouts(tmp_path, recipe, writer, methods):
     """By parameters only: SLIP's file, the folder, and a size for a short test. Numbers in the file are random, so only the machinery is tested."""
-    data, slip = writer(tmp_path / "data"), write_layout(tmp_path / "slip_base_100ep.pt", "slip", small_towers=True)
-    done = papermill("train.ipynb", tmp_path, "-f", ROOT / f"recipes/{recipe}.yaml", "-p", "data", data, "-p", "clip", slip, "-p", "epochs", 2, "-p", "batch_size", 4,
-                     "-p", "encoder", "point_transformer depth=1 width=96 heads=2", "-p", "out", tmp_path / "run", cwd=tmp_path)
+    data, slip = (
+        writer(tmp_path / "data"),
+        write_layout(tmp_path / "slip_base_100ep.pt", "slip", small_towers=True),
+    )
+    done = papermill(
+        "train.ipynb",
+        tmp_path,
+        "-f",
+        ROOT / f"recipes/{recipe}.yaml",
+        "-p",
+        "data",
+        data,
+        "-p",
+        "clip",
+        slip,
+        "-p",
+        "epochs",
+        2,
+        "-p",
+        "batch_size",
+        4,
+        "-p",
+        "encoder",
+        "point_transformer depth=1 width=96 heads=2",
+        "-p",
+        "out",
+        tmp_path / "run",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     metrics, results = pd.read_csv(tmp_path / "run/metrics.csv"), pd.read_csv(tmp_path / "run/results.csv")
     assert metrics["loss"].gt(0).all() and len(metrics) == 2 and set(results["method"]) == methods
-    assert results["classes"].eq(55 if recipe == "official" else 4).all() and results["shapes"].eq(4).all() # asked for the set's own list of classes
+    assert (
+        results["classes"].eq(55 if recipe == "official" else 4).all() and results["shapes"].eq(4).all()
+    )  # asked for the set's own list of classes
     config, model = json.loads((tmp_path / "run/train.json").read_text()), load(tmp_path / "run")
-    assert (config["schedule"], config["colour"], config["augment"]) == (("alternate", False, "official") if recipe == "official" else ("frozen", False, "sensor"))
-    assert model.config.visual_prompt == ("deep" if recipe == "official" else None) and model.embed(torch.rand(2, 1024, 3)).shape == (2, model.backbone.dim)
+    assert (config["schedule"], config["color"], config["augment"]) == (
+        ("alternate", False, "official") if recipe == "official" else ("frozen", False, "sensor")
+    )
+    assert model.config.visual_prompt == ("deep" if recipe == "official" else None) and model.embed(
+        torch.rand(2, 1024, 3)
+    ).shape == (2, model.backbone.dim)

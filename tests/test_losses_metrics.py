@@ -1,9 +1,11 @@
 """Losses and metrics against independent oracles: torch's cross entropy, torchmetrics."""
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from cg3d import losses, metrics
+from cg3d.core import metrics
+from cg3d.training import losses
 
 
 def embeddings(seed=0, size=12, dim=8):
@@ -68,18 +70,27 @@ def test_ranks_match_torchmetrics():
     relevant[:, 0] = True
     pairs = list(zip(scores, relevant))
     assert metrics.mean_average_precision(scores, relevant) == pytest.approx(
-        torch.stack([retrieval.retrieval_average_precision(s, r) for s, r in pairs]).mean().item(), abs=1e-6)
+        torch.stack([retrieval.retrieval_average_precision(s, r) for s, r in pairs]).mean().item(), abs=1e-6
+    )
     for k in (1, 5):
         assert metrics.recall_at_k(scores, relevant, k) == pytest.approx(
-            torch.stack([retrieval.retrieval_hit_rate(s, r, top_k=k) for s, r in pairs]).mean().item(), abs=1e-6)
+            torch.stack([retrieval.retrieval_hit_rate(s, r, top_k=k) for s, r in pairs]).mean().item(),
+            abs=1e-6,
+        )
     reciprocal = torch.stack([retrieval.retrieval_reciprocal_rank(s, r) for s, r in pairs])
     torch.testing.assert_close(1 / metrics.first_rank(scores, relevant), reciprocal, check_dtype=False)
 
-    logits, target = torch.randn(200, 7, generator=generator), torch.randint(0, 6, (200,), generator=generator)
+    logits, target = (
+        torch.randn(200, 7, generator=generator),
+        torch.randint(0, 6, (200,), generator=generator),
+    )
     for k, value in metrics.top_k(logits, target).items():
-        assert value == pytest.approx(multiclass_accuracy(logits, target, 7, average="micro", top_k=k).item(), abs=1e-6)
+        assert value == pytest.approx(
+            multiclass_accuracy(logits, target, 7, average="micro", top_k=k).item(), abs=1e-6
+        )
     present = multiclass_accuracy(logits, target, 7, average=None)[:6]
     assert metrics.mean_class_accuracy(logits, target) == pytest.approx(present.mean().item(), abs=1e-6)
     mask, truth = torch.rand(500, generator=generator) < 0.4, torch.rand(500, generator=generator) < 0.3
     assert metrics.iou(mask, truth).item() == pytest.approx(
-        multiclass_jaccard_index(mask.long(), truth.long(), 2, average=None)[1].item(), abs=1e-6)
+        multiclass_jaccard_index(mask.long(), truth.long(), 2, average=None)[1].item(), abs=1e-6
+    )

@@ -1,4 +1,5 @@
 """Backbone, prompts and model together: gradients, frozenness, checkpoints, bad input."""
+
 import json
 import subprocess
 import sys
@@ -9,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from cg3d import backbone as backbone_module
-from cg3d.backbone import CONFIG_FILE, NANO_CONFIG, Backbone, fit_images, load_backbone
-from cg3d.model import CG3D, CG3DConfig, embed_labels, load, resample
-from cg3d.points import normalize
-from cg3d.prompts import Prompts
-from cg3d.shapes import Shape
+from cg3d.geometry.ops import normalize
+from cg3d.io.shape import Shape
+from cg3d.models import clip_backbone as backbone_module
+from cg3d.models.cg3d import CG3D, CG3DConfig, embed_labels, load, resample
+from cg3d.models.clip_backbone import CONFIG_FILE, NANO_CONFIG, Backbone, fit_images, load_backbone
+from cg3d.models.prompts import Prompts
 
 ROOT = Path(__file__).parent.parent
 CHOICES = [("pixel", None), ("shallow", None), ("deep", None), (None, "context"), ("pixel+deep", "context")]
@@ -51,18 +52,29 @@ def test_prompts_learn_and_the_tower_stays(tower, visual, text):
     torch.manual_seed(0)
     prompts = Prompts(tower, visual, text, tokens=3).train()
     views = torch.rand(2, 3, 96, 96)
-    optimiser = torch.optim.Adam([*prompts.parameters(), *tower.parameters()], lr=0.1)  # the tower too: it must not move
+    optimizer = torch.optim.Adam(
+        [*prompts.parameters(), *tower.parameters()], lr=0.1
+    )  # the tower too: it must not move
     image, words = prompts.encode_image(views), prompts.encode_text(TEXTS)
     assert image.shape == words.shape == (2, tower.dim)
     (1 - torch.cosine_similarity(image, words)).mean().backward()
     for name, parameter in prompts.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-        assert (parameter.grad.flatten(1) if parameter.ndim == 2 else parameter.grad.flatten(0, -2)).abs().sum(-1).gt(0).all(), f"a part of {name} has no gradient"
+        assert (
+            (parameter.grad.flatten(1) if parameter.ndim == 2 else parameter.grad.flatten(0, -2))
+            .abs()
+            .sum(-1)
+            .gt(0)
+            .all()
+        ), f"a part of {name} has no gradient"
     assert all(parameter.grad is None for parameter in tower.parameters())
-    optimiser.step()
+    optimizer.step()
     assert tower.fingerprint() == tower.at_start
     with torch.no_grad():
-        moved = not torch.allclose(prompts.encode_image(views), image, atol=1e-5), not torch.allclose(prompts.encode_text(TEXTS), words, atol=1e-5)
+        moved = (
+            not torch.allclose(prompts.encode_image(views), image, atol=1e-5),
+            not torch.allclose(prompts.encode_text(TEXTS), words, atol=1e-5),
+        )
     assert moved == (visual is not None, text is not None)
 
 
@@ -72,7 +84,9 @@ def test_off_is_the_backbone(tower):
     with torch.no_grad():
         assert torch.equal(off.encode_image(views), tower.encode_image(views))
         assert torch.equal(off.encode_text(TEXTS), tower.encode_text(TEXTS))
-        assert torch.equal(Prompts(tower, "pixel").encode_image(views), tower.encode_image(views)), "zeros at first"
+        assert torch.equal(Prompts(tower, "pixel").encode_image(views), tower.encode_image(views)), (
+            "zeros at first"
+        )
 
 
 def test_prompts_are_gone_after_use(tower):
@@ -81,8 +95,11 @@ def test_prompts_are_gone_after_use(tower):
         plain = tower.encode_image(views), tower.encode_text(TEXTS)
         prompts = Prompts(tower, "deep", "context")
         prompts.encode_image(views), prompts.encode_text(TEXTS)
-        with pytest.raises(TypeError): prompts.encode_text(["fine", 3])
-        assert torch.equal(plain[0], tower.encode_image(views)) and torch.equal(plain[1], tower.encode_text(TEXTS))
+        with pytest.raises(TypeError):
+            prompts.encode_text(["fine", 3])
+        assert torch.equal(plain[0], tower.encode_image(views)) and torch.equal(
+            plain[1], tower.encode_text(TEXTS)
+        )
 
 
 def test_cached_stem_gives_the_same_gradients(tower):
@@ -91,45 +108,68 @@ def test_cached_stem_gives_the_same_gradients(tower):
     first = [parameter.grad.clone() for parameter in prompts.parameters()]
     prompts.zero_grad()
     prompts.encode_tokens(tower.image_tokens(views)).sum().backward()
-    for one, parameter in zip(first, prompts.parameters(), strict=True): torch.testing.assert_close(parameter.grad, one)
-    with pytest.raises(ValueError, match="pixel"): Prompts(tower, "pixel+deep").encode_tokens(tower.image_tokens(views))
+    for one, parameter in zip(first, prompts.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, one)
+    with pytest.raises(ValueError, match="pixel"):
+        Prompts(tower, "pixel+deep").encode_tokens(tower.image_tokens(views))
 
 
 def test_unknown_and_impossible_prompts(small):
-    with pytest.raises(ValueError, match="pixel, shallow, deep"): Prompts(small, "deeep")
-    with pytest.raises(ValueError, match="context"): Prompts(small, None, "coop")
-    with pytest.raises(ValueError, match="at least one"): Prompts(small, tokens=0)
-    with pytest.raises(ValueError, match="no room"): Prompts(small, None, "context", tokens=47)
+    with pytest.raises(ValueError, match="pixel, shallow, deep"):
+        Prompts(small, "deeep")
+    with pytest.raises(ValueError, match="context"):
+        Prompts(small, None, "coop")
+    with pytest.raises(ValueError, match="at least one"):
+        Prompts(small, tokens=0)
+    with pytest.raises(ValueError, match="no room"):
+        Prompts(small, None, "context", tokens=47)
 
 
 def test_a_tower_without_blocks_takes_pixels_only():
     backbone = load_backbone("RN50", "random")
-    with pytest.raises(ValueError, match="ModifiedResNet"): Prompts(backbone, "deep")
+    with pytest.raises(ValueError, match="ModifiedResNet"):
+        Prompts(backbone, "deep")
     assert Prompts(backbone, "pixel").encode_image(torch.rand(1, 3, 32, 32)).shape == (1, backbone.dim)
 
 
 def test_half_precision_folder_loads_as_float32(tmp_path, small):
     from safetensors.torch import save_file
+
     folder = tmp_path / "tower"
     folder.mkdir()
     (folder / CONFIG_FILE).write_text(json.dumps(NANO_CONFIG))
-    with pytest.raises(FileNotFoundError, match="no weights"): load_backbone(str(folder))
+    with pytest.raises(FileNotFoundError, match="no weights"):
+        load_backbone(str(folder))
     state = small.clip.state_dict()
-    save_file({name: value.half().contiguous() if value.is_floating_point() else value for name, value in state.items()}, folder / "open_clip_model.safetensors")
+    save_file(
+        {
+            name: value.half().contiguous() if value.is_floating_point() else value
+            for name, value in state.items()
+        },
+        folder / "open_clip_model.safetensors",
+    )
     first, second = load_backbone(f"local-dir:{folder}"), load_backbone(folder)
     assert {parameter.dtype for parameter in first.parameters()} == {torch.float32}
     assert first.fingerprint() == second.fingerprint() != small.fingerprint()
     views = torch.rand(2, 3, 128, 128)
     torch.testing.assert_close(first.encode_image(views), small.encode_image(views), atol=0.02, rtol=0.02)
-    save_file({name: value.half().contiguous() for name, value in state.items() if "blocks.3" not in name}, folder / "open_clip_model.safetensors")
-    with pytest.raises(ValueError, match="do not fit"): load_backbone(folder)
+    save_file(
+        {name: value.half().contiguous() for name, value in state.items() if "blocks.3" not in name},
+        folder / "open_clip_model.safetensors",
+    )
+    with pytest.raises(ValueError, match="do not fit"):
+        load_backbone(folder)
 
 
 def test_backbone_names(monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match="openai.*random"): load_backbone("ViT-B-32")
-    with pytest.raises(ValueError, match="ViT-B-32"): load_backbone("ViT-B-33", "openai")
-    with pytest.raises(ValueError, match="neither a file nor a tag"): load_backbone("ViT-B-32", "opanai")
-    with pytest.raises(FileNotFoundError, match=CONFIG_FILE): load_backbone(tmp_path)
+    with pytest.raises(ValueError, match="openai.*random"):
+        load_backbone("ViT-B-32")
+    with pytest.raises(ValueError, match="ViT-B-32"):
+        load_backbone("ViT-B-33", "openai")
+    with pytest.raises(ValueError, match="neither a file nor a tag"):
+        load_backbone("ViT-B-32", "opanai")
+    with pytest.raises(FileNotFoundError, match=CONFIG_FILE):
+        load_backbone(tmp_path)
     asked = {}
 
     def offline(*args, **settings):
@@ -137,35 +177,53 @@ def test_backbone_names(monkeypatch, tmp_path):
         raise RuntimeError("Failed to download")
 
     monkeypatch.setattr("open_clip.create_model", offline)
-    with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE"): load_backbone("ViT-B-32", "openai")
+    with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE"):
+        load_backbone("ViT-B-32", "openai")
     assert asked["force_quick_gelu"], "OpenAI's weights were trained with QuickGELU"
     monkeypatch.setattr(backbone_module, "data_dir", lambda: tmp_path)
-    with pytest.raises(FileNotFoundError): load_backbone("nano")
+    with pytest.raises(FileNotFoundError):
+        load_backbone("nano")
 
 
 def test_images_are_fitted():
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.functional import center_crop, resize
+
     for height, width in ((50, 90), (90, 47), (20, 20), (33, 200)):
         image = torch.rand(1, 3, height, width)
-        expected = center_crop(resize(image, 32, interpolation=InterpolationMode.BICUBIC, antialias=True).clamp(0, 1), 32)
+        expected = center_crop(
+            resize(image, 32, interpolation=InterpolationMode.BICUBIC, antialias=True).clamp(0, 1), 32
+        )
         torch.testing.assert_close(fit_images(image, (32, 32)), expected, msg=f"{height} x {width}")
     image = torch.rand(1, 3, 50, 90)
     assert fit_images(image, (32, 32), "longest")[0, :, 0].eq(1).all(), "white above"
-    with pytest.raises(ValueError, match="stretch"): fit_images(image, (32, 32), "stretch")
+    with pytest.raises(ValueError, match="stretch"):
+        fit_images(image, (32, 32), "stretch")
 
 
 def test_embeddings(model, shape):
     clouds = torch.rand(5, 128, 6)
-    for vectors, count in ((model.embed(shape), 1), (model.embed([shape, shape]), 2), (model.embed(clouds, batch_size=2), 5), (model.embed(clouds[..., :3]), 5),
-                           (model.embed_text("one"), 1), (model.embed_image(Image.new("RGBA", (9, 5))), 1), (model.embed_image([torch.rand(3, 8, 8)] * 2), 2)):
-        assert vectors.shape == (count, model.backbone.dim) and vectors.dtype == torch.float32 and not vectors.requires_grad
+    for vectors, count in (
+        (model.embed(shape), 1),
+        (model.embed([shape, shape]), 2),
+        (model.embed(clouds, batch_size=2), 5),
+        (model.embed(clouds[..., :3]), 5),
+        (model.embed_text("one"), 1),
+        (model.embed_image(Image.new("RGBA", (9, 5))), 1),
+        (model.embed_image([torch.rand(3, 8, 8)] * 2), 2),
+    ):
+        assert (
+            vectors.shape == (count, model.backbone.dim)
+            and vectors.dtype == torch.float32
+            and not vectors.requires_grad
+        )
         torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(count))
     model.train()
     torch.testing.assert_close(model.embed(clouds), model.embed(clouds, batch_size=1))
     assert model.encoder.training and not model.backbone.training
     unit = normalize(clouds)
-    with torch.no_grad(): bare = model.eval().encoder(unit)
+    with torch.no_grad():
+        bare = model.eval().encoder(unit)
     torch.testing.assert_close(torch.nn.functional.normalize(bare, dim=-1), model.embed(unit))
 
 
@@ -186,68 +244,126 @@ def test_resample(count):
     assert len(kept[0].unique(dim=0)) == min(count, 128)
 
 
-@pytest.mark.parametrize("bad", [torch.rand(2, 64, 5), torch.rand(64, 3), torch.rand(1, 64, 3).half(), torch.rand(1, 64, 3).double(), torch.full((1, 64, 3), float("nan")),
-                                 torch.ones(1, 64, 3), torch.rand(1, 1, 3), torch.rand(0, 64, 3), [], [1], "chair.glb", None, np.zeros((1, 64, 3))], ids=str)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        torch.rand(2, 64, 5),
+        torch.rand(64, 3),
+        torch.rand(1, 64, 3).half(),
+        torch.rand(1, 64, 3).double(),
+        torch.full((1, 64, 3), float("nan")),
+        torch.ones(1, 64, 3),
+        torch.rand(1, 1, 3),
+        torch.rand(0, 64, 3),
+        [],
+        [1],
+        "chair.glb",
+        None,
+        np.zeros((1, 64, 3)),
+    ],
+    ids=str,
+)
 def test_bad_clouds(model, bad):
-    with pytest.raises((ValueError, TypeError)): model.embed(bad)
+    with pytest.raises((ValueError, TypeError)):
+        model.embed(bad)
 
 
-@pytest.mark.parametrize("bad", [torch.rand(4, 8, 8), torch.rand(3, 8, 8) * 255, torch.zeros(3, 8, 8, dtype=torch.uint8), torch.full((3, 8, 8), float("nan")), [], "a.png"], ids=str)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        torch.rand(4, 8, 8),
+        torch.rand(3, 8, 8) * 255,
+        torch.zeros(3, 8, 8, dtype=torch.uint8),
+        torch.full((3, 8, 8), float("nan")),
+        [],
+        "a.png",
+    ],
+    ids=str,
+)
 def test_bad_images(model, bad):
-    with pytest.raises((ValueError, TypeError)): model.embed_image(bad)
+    with pytest.raises((ValueError, TypeError)):
+        model.embed_image(bad)
 
 
 def test_classify(model, shape):
     table = model.classify([shape, shape], ["chair", "lamp", "sofa"])
     assert list(table.columns) == ["row", "shape", "label", "probability", "similarity"] and len(table) == 6
     assert table.groupby("row").probability.sum().sub(1).abs().max() < 1e-5
-    for _, part in table.groupby("row"): assert part.similarity.is_monotonic_decreasing
+    for _, part in table.groupby("row"):
+        assert part.similarity.is_monotonic_decreasing
     best = model.classify(shape, ["chair", "lamp", "sofa"], top=1)
     assert best.label.tolist() == [table.label[0]]
     expected = model.embed(shape) @ embed_labels(model, ["chair", "lamp", "sofa"]).T
     assert abs(best.similarity[0] - expected.max().item()) < 1e-6
     one = embed_labels(model, ["chair"], ["a {}."])
     torch.testing.assert_close(one, model.embed_text(["a chair."]))
-    for bad, message in (([], "empty"), ("chair", "list"), (["a", "a"], "times"), ([" "], "blank"), ([3], "strings")):
-        with pytest.raises((ValueError, TypeError), match=message): model.classify(shape, bad)
-    with pytest.raises(ValueError, match="{}"): model.classify(shape, ["chair"], templates=["a chair"])
-    with pytest.raises(ValueError, match="top"): model.classify(shape, ["chair"], top=0)
+    for bad, message in (
+        ([], "empty"),
+        ("chair", "list"),
+        (["a", "a"], "times"),
+        ([" "], "blank"),
+        ([3], "strings"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            model.classify(shape, bad)
+    with pytest.raises(ValueError, match="{}"):
+        model.classify(shape, ["chair"], templates=["a chair"])
+    with pytest.raises(ValueError, match="top"):
+        model.classify(shape, ["chair"], top=0)
 
 
 def test_save_and_load(tmp_path, model, shape, small):
     with torch.no_grad():
-        for parameter in model.prompts.parameters(): parameter.add_(0.1)
+        for parameter in model.prompts.parameters():
+            parameter.add_(0.1)
     model.save(tmp_path / "run")
     again = load(tmp_path / "run", backbone=small)
     view = torch.rand(1, 3, 64, 64)
-    assert torch.equal(again.embed(shape), model.embed(shape)) and torch.equal(again.embed_image(view), model.embed_image(view))
+    assert torch.equal(again.embed(shape), model.embed(shape)) and torch.equal(
+        again.embed_image(view), model.embed_image(view)
+    )
     assert not again.training and again.config.clip_fingerprint == small.fingerprint()
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "model.safetensors"]
     torch.manual_seed(1)
-    with pytest.raises(ValueError, match="fingerprint"): load(tmp_path / "run", backbone=load_backbone("nano", "random"))
+    with pytest.raises(ValueError, match="fingerprint"):
+        load(tmp_path / "run", backbone=load_backbone("nano", "random"))
     written = json.loads((tmp_path / "run" / "config.json").read_text())
-    for change, message in (({"encoder": "pointmlp_small"}, "another architecture.*missing"), ({"visual_prompt": None}, "deep_prompt_embeddings"),
-                            ({"prompt_tokens": 2}, r"\(1, 5, 256\) for \(1, 2, 256\)"), ({"lr": 1}, "unknown setting 'lr'"), ({"points": "many"}, "points")):
+    for change, message in (
+        ({"encoder": "pointmlp_small"}, "another architecture.*missing"),
+        ({"visual_prompt": None}, "deep_prompt_embeddings"),
+        ({"prompt_tokens": 2}, r"\(1, 5, 256\) for \(1, 2, 256\)"),
+        ({"lr": 1}, "unknown setting 'lr'"),
+        ({"points": "many"}, "points"),
+    ):
         (tmp_path / "run" / "config.json").write_text(json.dumps(written | change))
-        with pytest.raises(ValueError, match=message): load(tmp_path / "run", backbone=small)
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / "run", backbone=small)
     (tmp_path / "run" / "config.json").write_text(json.dumps(written))
     (tmp_path / "run" / "model.safetensors").write_bytes(b"not tensors")
-    with pytest.raises(ValueError, match="cannot be read"): load(tmp_path / "run", backbone=small)
-    with pytest.raises(FileNotFoundError, match="nano"): load(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load(tmp_path / "run", backbone=small)
+    with pytest.raises(FileNotFoundError, match="nano"):
+        load(tmp_path / "nothing")
 
 
 def test_build_refuses(small):
-    with pytest.raises(ValueError, match="pointnet"): CG3D.build(backbone=small, encoder="pointnett")
-    with pytest.raises(ValueError, match="n_points"): CG3D.build(backbone=small, n_points=3)
-    with pytest.raises(ValueError, match="dim=512"): CG3D.build(backbone=small, dim=512)
-    with pytest.raises(ValueError, match="not both"): CG3D.build(CG3DConfig(), backbone=small, points=3)
+    with pytest.raises(ValueError, match="pointnet"):
+        CG3D.build(backbone=small, encoder="pointnett")
+    with pytest.raises(ValueError, match="n_points"):
+        CG3D.build(backbone=small, n_points=3)
+    with pytest.raises(ValueError, match="dim=512"):
+        CG3D.build(backbone=small, dim=512)
+    with pytest.raises(ValueError, match="not both"):
+        CG3D.build(CG3DConfig(), backbone=small, points=3)
 
 
 def test_import_is_lazy():
-    code = ("import sys, time; start = time.perf_counter(); import cg3d; took = time.perf_counter() - start; "
-            "heavy = {'torch', 'numpy', 'pandas', 'open_clip'} & set(sys.modules); assert not heavy, heavy; assert took < 1, took; "
-            "assert cg3d.Shape.__name__ == 'Shape' and cg3d.shapes.data_dir; "
-            "import cg3d.backbone, cg3d.prompts, cg3d.model; "
-            "heavy = {'open_clip', 'timm', 'pytorch3d', 'plotly', 'accelerate', 'trimesh', 'sklearn'} & set(sys.modules); assert not heavy, heavy\n"
-            "try: cg3d.nonsense\nexcept AttributeError: pass\nelse: raise SystemExit('no error')")
+    code = (
+        "import sys, time; start = time.perf_counter(); import cg3d; took = time.perf_counter() - start; "
+        "heavy = {'torch', 'numpy', 'pandas', 'open_clip'} & set(sys.modules); assert not heavy, heavy; assert took < 1, took; "
+        "assert cg3d.Shape.__name__ == 'Shape' and cg3d.core.paths.data_dir; "
+        "import cg3d.models.clip_backbone, cg3d.models.prompts, cg3d.models.cg3d; "
+        "heavy = {'open_clip', 'timm', 'pytorch3d', 'plotly', 'accelerate', 'trimesh', 'sklearn'} & set(sys.modules); assert not heavy, heavy\n"
+        "try: cg3d.nonsense\nexcept AttributeError: pass\nelse: raise SystemExit('no error')"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

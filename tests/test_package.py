@@ -1,4 +1,5 @@
 """The package as a whole: what an import costs, what it offers, how large its files are, and bad input that crosses modules."""
+
 import importlib
 import json
 import statistics
@@ -12,31 +13,48 @@ import torch
 import trimesh
 
 import cg3d
-from cg3d.backbone import load_backbone
-from cg3d.config import TrainConfig, ZeroShotConfig, settings
-from cg3d.jobs import make_model, read_data
-from cg3d.model import CG3D
-from cg3d.points import MISSING_COLOUR
-from cg3d.shapes import Shape, data_dir, furniture, read_shape
-from cg3d.zeroshot import zero_shot
+from cg3d.core.paths import data_dir
+from cg3d.data.furniture import furniture
+from cg3d.evaluation.zero_shot import zero_shot
+from cg3d.geometry.ops import MISSING_COLOR
+from cg3d.io.shape import Shape, read_shape
+from cg3d.models.cg3d import CG3D
+from cg3d.models.clip_backbone import load_backbone
+from cg3d.training.config import TrainConfig, ZeroShotConfig, settings
+from cg3d.training.pretrain import make_model, read_data
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(path for path in (ROOT / "cg3d").rglob("*.py") if path.name != "_modidx.py")
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 NAMES = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in MODULES]
-HEAVY = ("open_clip", "timm", "pytorch3d", "plotly", "matplotlib", "accelerate", "trimesh", "sklearn", "papermill")
+HEAVY = (
+    "open_clip",
+    "timm",
+    "pytorch3d",
+    "plotly",
+    "matplotlib",
+    "accelerate",
+    "trimesh",
+    "sklearn",
+    "papermill",
+)
 
 
 def run(code: str) -> str:
     """Standard output of a fresh interpreter that stands in the checkout."""
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True, timeout=120).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True, timeout=120
+    ).stdout
 
 
 # ------------------------------------------------------------------ import
 
+
 def test_import_is_quick_and_light():
-    code = ("import sys, time; start = time.perf_counter(); import cg3d; took = time.perf_counter() - start\n"
-            "print(took, sorted({'torch', 'open_clip', 'pytorch3d'} & set(sys.modules)))")
+    code = (
+        "import sys, time; start = time.perf_counter(); import cg3d; took = time.perf_counter() - start\n"
+        "print(took, sorted({'torch', 'open_clip', 'pytorch3d'} & set(sys.modules)))"
+    )
     seconds, heavy = zip(*(run(code).strip().split(" ", 1) for _ in range(3)))
     assert statistics.median(map(float, seconds)) < 1, seconds
     assert set(heavy) == {"[]"}, heavy
@@ -44,31 +62,46 @@ def test_import_is_quick_and_light():
 
 def test_no_module_imports_what_it_does_not_need():
     names = [name for name in NAMES if "encoders." not in name]
-    assert run(f"import sys, importlib\nfor name in {names!r}: importlib.import_module(name)\nprint(sorted(set({HEAVY!r}) & set(sys.modules)))").strip() == "[]"
+    assert (
+        run(
+            f"import sys, importlib\nfor name in {names!r}: importlib.import_module(name)\nprint(sorted(set({HEAVY!r}) & set(sys.modules)))"
+        ).strip()
+        == "[]"
+    )
 
 
 def test_the_shipped_model_answers_without_the_libraries_it_was_made_with():
-    code = ("import sys, cg3d\nfrom cg3d.shapes import furniture\nmodel = cg3d.load('nano')\nassert len(model.classify(furniture()[0], ['chair', 'lamp'])) == 2\n"
-            "print(sorted({'open_clip', 'timm', 'torchvision', 'huggingface_hub', 'torch._dynamo', 'sympy'} & set(sys.modules)))")
+    code = (
+        "import sys, cg3d\nfrom cg3d.io.shape import furniture\nmodel = cg3d.load('nano')\nassert len(model.classify(furniture()[0], ['chair', 'lamp'])) == 2\n"
+        "print(sorted({'open_clip', 'timm', 'torchvision', 'huggingface_hub', 'torch._dynamo', 'sympy'} & set(sys.modules)))"
+    )
     assert run(code).strip() == "[]"
 
 
 def test_public_names_are_reachable():
-    assert {"load", "read_shape", "Shape", "CG3D", "create_encoder", "list_encoders"} <= set(cg3d.__all__) <= set(dir(cg3d))
+    assert (
+        {"load", "read_shape", "Shape", "CG3D", "create_encoder", "list_encoders"}
+        <= set(cg3d.__all__)
+        <= set(dir(cg3d))
+    )
     assert {path.stem for path in Path(cg3d.__file__).parent.glob("[a-z]*.py")} <= set(dir(cg3d))
-    for name in cg3d.__all__: assert callable(getattr(cg3d, name)), name
-    assert cg3d.read_shape is read_shape and cg3d.plots.cloud and cg3d.zeroshot.zero_shot
-    with pytest.raises(AttributeError, match="no attribute 'laod'"): cg3d.laod
+    for name in cg3d.__all__:
+        assert callable(getattr(cg3d, name)), name
+    assert cg3d.read_shape is read_shape and cg3d.viz.plots.cloud and cg3d.evaluation.zero_shot.zero_shot
+    with pytest.raises(AttributeError, match="no attribute 'laod'"):
+        cg3d.laod
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_modules_keep_their_promises(name):
     module = importlib.import_module(name)
     assert module.__doc__ or name in ("cg3d", "cg3d.encoders", "cg3d.readers"), "a module says what it is"
-    for public in getattr(module, "__all__", ()): assert hasattr(module, public), f"{name}.__all__ promises {public}"
+    for public in getattr(module, "__all__", ()):
+        assert hasattr(module, public), f"{name}.__all__ promises {public}"
 
 
 # ------------------------------------------------------------------ size and form
+
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 def test_modules_are_short(path):
@@ -80,84 +113,160 @@ def test_notebooks_are_small_and_without_errors(path):
     assert path.stat().st_size <= 200 * 1024, f"{path.stat().st_size / 1024:.0f} KB"
     notebook = json.loads(path.read_text(encoding="utf-8"))
     cells = ["".join(cell["source"]) for cell in notebook["cells"]]
-    first = next(text for text in cells if not text.startswith("---"))  # job notebooks begin with nbdev's front matter
-    assert first.startswith("# ") and "\n> " in first, "a notebook opens with a title and one line on what it is"
+    first = next(
+        text for text in cells if not text.startswith("---")
+    )  # job notebooks begin with nbdev's front matter
+    assert first.startswith("# ") and "\n> " in first, (
+        "a notebook opens with a title and one line on what it is"
+    )
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
     outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
     assert not [output for output in outputs if output["output_type"] == "error"]
-    assert not [output for output in outputs if "application/vnd.plotly.v1+json" in output.get("data", {}) and "text/html" in output["data"]], "plotly.js is stored in it"
+    assert not [
+        output
+        for output in outputs
+        if "application/vnd.plotly.v1+json" in output.get("data", {}) and "text/html" in output["data"]
+    ], "plotly.js is stored in it"
 
 
 def test_what_is_shipped_is_small():
-    size = {folder: sum(path.stat().st_size for path in (data_dir() / folder).rglob("*") if path.is_file()) / 1e6 for folder in ("nano", "nano-3d")}
+    size = {
+        folder: sum(path.stat().st_size for path in (data_dir() / folder).rglob("*") if path.is_file()) / 1e6
+        for folder in ("nano", "nano-3d")
+    }
     assert 0 < size["nano"] <= 30 and 0 < size["nano-3d"] <= 15, size
     assert (data_dir() / "furniture.npz").stat().st_size < 12e6
 
 
 # ------------------------------------------------------------------ bad input that crosses modules
 
+
 @pytest.fixture(scope="module")
 def model() -> CG3D:
     torch.manual_seed(0)
-    return CG3D.build(backbone=load_backbone("nano", "random"), encoder="point_transformer_small", points=256, clip_weights="random", encoder_cfg=dict(depth=1)).eval()
+    return CG3D.build(
+        backbone=load_backbone("nano", "random"),
+        encoder="point_transformer_small",
+        points=256,
+        clip_weights="random",
+        encoder_cfg=dict(depth=1),
+    ).eval()
 
 
 @pytest.fixture(scope="module")
 def lamp() -> trimesh.Trimesh:
     """A foot, a pole and a shade, y up, with nothing symmetrical between up and down."""
-    parts = [trimesh.creation.box(size, trimesh.transformations.translation_matrix((0, y, 0))) for size, y in (((0.3, 0.04, 0.3), 0.02), ((0.04, 1.2, 0.04), 0.6), ((0.5, 0.3, 0.5), 1.3))]
+    parts = [
+        trimesh.creation.box(size, trimesh.transformations.translation_matrix((0, y, 0)))
+        for size, y in (((0.3, 0.04, 0.3), 0.02), ((0.04, 1.2, 0.04), 0.6), ((0.5, 0.3, 0.5), 1.3))
+    ]
     return trimesh.util.concatenate(parts)
 
 
-@pytest.mark.parametrize("call,error,words", [
-    (lambda: read_data("furnitur"), FileNotFoundError, "furnitur"),
-    (lambda: cg3d.load("nanoo"), FileNotFoundError, "no model 'nanoo'.*nano"),
-    (lambda: make_model(TrainConfig(encoder="pointnett", clip_weights="random")), ValueError, "no encoder 'pointnett'; there are .*pointnet"),
-    (lambda: make_model(TrainConfig(encoder="pointnet depht=2", clip_weights="random")), ValueError, "no setting 'depht'"),
-    (lambda: make_model(TrainConfig(clip="ViT-B-32")), ValueError, "needs weights.*openai"),
-    (lambda: make_model(TrainConfig(clip="ViT-B-32", clip_weights="opanai")), ValueError, "'opanai' is neither a file nor a tag"),
-    (lambda: make_model(TrainConfig(clip="ViT-B-23", clip_weights="openai")), ValueError, "unknown backbone 'ViT-B-23'.*ViT-B-32"),
-    (lambda: settings(TrainConfig, {"visual_prompt": "deeep"}), ValueError, "'deeep'.*deep"),
-    (lambda: settings(ZeroShotConfig, {"chekpoint": "nano"}), ValueError, "chekpoint; known are checkpoint"),
-    (lambda: settings(ZeroShotConfig, {"views": "3"}), TypeError, "views='3' is a str"),
-    (lambda: furniture().select(split="tset"), ValueError, "'tset'.*test"),
-], ids=["dataset", "published name", "encoder", "encoder setting", "no weights", "weights tag", "backbone", "prompt", "parameter", "type", "split"])
+@pytest.mark.parametrize(
+    "call,error,words",
+    [
+        (lambda: read_data("furnitur"), FileNotFoundError, "furnitur"),
+        (lambda: cg3d.load("nanoo"), FileNotFoundError, "no model 'nanoo'.*nano"),
+        (
+            lambda: make_model(TrainConfig(encoder="pointnett", clip_weights="random")),
+            ValueError,
+            "no encoder 'pointnett'; there are .*pointnet",
+        ),
+        (
+            lambda: make_model(TrainConfig(encoder="pointnet depht=2", clip_weights="random")),
+            ValueError,
+            "no setting 'depht'",
+        ),
+        (lambda: make_model(TrainConfig(clip="ViT-B-32")), ValueError, "needs weights.*openai"),
+        (
+            lambda: make_model(TrainConfig(clip="ViT-B-32", clip_weights="opanai")),
+            ValueError,
+            "'opanai' is neither a file nor a tag",
+        ),
+        (
+            lambda: make_model(TrainConfig(clip="ViT-B-23", clip_weights="openai")),
+            ValueError,
+            "unknown backbone 'ViT-B-23'.*ViT-B-32",
+        ),
+        (lambda: settings(TrainConfig, {"visual_prompt": "deeep"}), ValueError, "'deeep'.*deep"),
+        (
+            lambda: settings(ZeroShotConfig, {"chekpoint": "nano"}),
+            ValueError,
+            "chekpoint; known are checkpoint",
+        ),
+        (lambda: settings(ZeroShotConfig, {"views": "3"}), TypeError, "views='3' is a str"),
+        (lambda: furniture().select(split="tset"), ValueError, "'tset'.*test"),
+    ],
+    ids=[
+        "dataset",
+        "published name",
+        "encoder",
+        "encoder setting",
+        "no weights",
+        "weights tag",
+        "backbone",
+        "prompt",
+        "parameter",
+        "type",
+        "split",
+    ],
+)
 def test_unknown_names_are_refused_and_the_known_ones_named(call, error, words):
-    with pytest.raises(error, match=f"(?s){words}"): call()
+    with pytest.raises(error, match=f"(?s){words}"):
+        call()
 
 
 def test_labels_that_leave_nothing_to_choose(model):
     some = furniture().select(split="test")
-    for labels, words in (([], "at least two labels|no shape carries"), (["chair"], "at least two labels"), (["unicorn", "dragon"], "no shape carries.*unicorn")):
-        with pytest.raises(ValueError, match=words): zero_shot(model, some, labels)
-    with pytest.raises(ValueError, match="no column 'colour'.*category"): zero_shot(model, some, column="colour")
+    for labels, words in (
+        ([], "at least two labels|no shape carries"),
+        (["chair"], "at least two labels"),
+        (["unicorn", "dragon"], "no shape carries.*unicorn"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            zero_shot(model, some, labels)
+    with pytest.raises(ValueError, match="no column 'color'.*category"):
+        zero_shot(model, some, column="color")
 
 
 def test_a_z_up_file_is_the_same_shape_once_that_is_said(model, lamp, tmp_path):
     lamp.export(tmp_path / "y.ply")
-    lamp.copy().apply_transform(trimesh.transformations.rotation_matrix(np.pi / 2, (1, 0, 0))).export(tmp_path / "z.ply")
-    y, z, wrong = read_shape(tmp_path / "y.ply"), read_shape(tmp_path / "z.ply", up="z"), read_shape(tmp_path / "z.ply")
+    lamp.copy().apply_transform(trimesh.transformations.rotation_matrix(np.pi / 2, (1, 0, 0))).export(
+        tmp_path / "z.ply"
+    )
+    y, z, wrong = (
+        read_shape(tmp_path / "y.ply"),
+        read_shape(tmp_path / "z.ply", up="z"),
+        read_shape(tmp_path / "z.ply"),
+    )
     np.testing.assert_allclose(z.points, y.points, atol=1e-5)
     assert np.ptp(wrong.points, axis=0).argmax() == 2 and np.ptp(y.points, axis=0).argmax() == 1
     same, other = ((model.embed(y) - model.embed(shape)).norm().item() for shape in (z, wrong))
     assert same < 1e-3 < other and other > 20 * same, (same, other)
-    with pytest.raises(ValueError, match="up='x'"): read_shape(tmp_path / "y.ply", up="x")
+    with pytest.raises(ValueError, match="up='x'"):
+        read_shape(tmp_path / "y.ply", up="x")
 
 
-def test_a_cloud_without_colour_is_grey(model, lamp, tmp_path):
+def test_a_cloud_without_color_is_gray(model, lamp, tmp_path):
     trimesh.PointCloud(lamp.sample(500, seed=0)).export(tmp_path / "bare.xyz")
     shape = read_shape(tmp_path / "bare.xyz")
-    assert shape.colors is None and (shape.cloud()[:, 3:] == MISSING_COLOUR).all()
+    assert shape.colors is None and (shape.cloud()[:, 3:] == MISSING_COLOR).all()
     xyz = shape.cloud()[None, :, :3]
-    grey = torch.cat([xyz, torch.full_like(xyz, MISSING_COLOUR)], -1)
-    torch.testing.assert_close(model.embed(xyz), model.embed(grey))
-    torch.testing.assert_close(model.embed(shape), model.embed(grey))
+    gray = torch.cat([xyz, torch.full_like(xyz, MISSING_COLOR)], -1)
+    torch.testing.assert_close(model.embed(xyz), model.embed(gray))
+    torch.testing.assert_close(model.embed(shape), model.embed(gray))
 
 
 def test_fewer_points_than_groups_are_repeated_by_embed_and_refused_by_the_bare_encoder(model):
     few = torch.randn(2, 20, 6, generator=torch.Generator().manual_seed(0)).abs().clamp(max=1)
     found = model.embed(few)
-    assert found.shape == (2, model.config.dim) and found.isfinite().all() and torch.allclose(found.norm(dim=1), torch.ones(2), atol=1e-5)
-    with pytest.raises(ValueError, match=f"at least {model.encoder.min_points} points, got 20"): model.encoder(few)
+    assert (
+        found.shape == (2, model.config.dim)
+        and found.isfinite().all()
+        and torch.allclose(found.norm(dim=1), torch.ones(2), atol=1e-5)
+    )
+    with pytest.raises(ValueError, match=f"at least {model.encoder.min_points} points, got 20"):
+        model.encoder(few)
     two = Shape([[0, 0, 0], [0, 1, 0]], name="two points")
     assert model.embed(two).isfinite().all()

@@ -1,4 +1,5 @@
 "Published weights: every layout loads completely, the contract is kept, and a bad file is refused by name."
+
 import argparse
 import os
 
@@ -6,18 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from cg3d.checkpoint import read_checkpoint
-from cg3d.contracts import CONTRACTS, contracts
-from cg3d.layouts import published_layouts, random_tensors, write_layout
-from cg3d.points import normalize
-from cg3d.published import PublishedModel, load_published
+from cg3d.core.state_dict import read_checkpoint
+from cg3d.geometry.ops import normalize
+from cg3d.pretrained.loading import PublishedModel, load_published
+from cg3d.pretrained.specs import CONTRACTS, contracts
+from cg3d.zz.layouts import published_layouts, random_tensors, write_layout
 
 FAMILY = {"cg3d": "cg3d", "ulip": "ulip", "ulip2": "ulip2", "openshape": "openshape", "uni3d": "uni3d"}
 
 
 def cloud(n, channels=6, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return torch.cat([normalize(torch.randn(1, n, 3, generator=g)), torch.rand(1, n, 3, generator=g)], -1)[..., :channels]
+    return torch.cat([normalize(torch.randn(1, n, 3, generator=g)), torch.rand(1, n, 3, generator=g)], -1)[
+        ..., :channels
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +28,17 @@ def files(tmp_path_factory):
     "One file of each light layout, written once."
     folder = tmp_path_factory.mktemp("weights")
     names = ("cg3d/point_transformer", "ulip/pointmlp", "openshape/vitb32", "openshape/bigG", "uni3d/ti")
-    return {name: write_layout(folder / f"{name.replace('/', '_')}.pt", name, small_towers=True, epoch=7, args=argparse.Namespace(lr=1e-3), best_acc1=np.float64(60.1)) for name in names}
+    return {
+        name: write_layout(
+            folder / f"{name.replace('/', '_')}.pt",
+            name,
+            small_towers=True,
+            epoch=7,
+            args=argparse.Namespace(lr=1e-3),
+            best_acc1=np.float64(60.1),
+        )
+        for name in names
+    }
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +62,25 @@ def test_every_tensor_is_used_or_named(files, models):
         assert f"{len(model.report.used)} of {len(table)} tensors used" in str(model.report)
         unused_numbers = model.report.unused.numbers.sum()
         held = sum(v.numel() for v in model.state_dict().values())
-        assert held + unused_numbers >= table.numbers.sum() - 1  # the factor on similarities may live outside the towers
+        assert (
+            held + unused_numbers >= table.numbers.sum() - 1
+        )  # the factor on similarities may live outside the towers
 
 
-def test_encoder_gives_unnormalised_embeddings(models):
-    sizes = {"cg3d/point_transformer": 512, "ulip/pointmlp": 512, "openshape/vitb32": 512, "openshape/bigG": 1280, "uni3d/ti": 1024}
+def test_encoder_gives_unnormalized_embeddings(models):
+    sizes = {
+        "cg3d/point_transformer": 512,
+        "ulip/pointmlp": 512,
+        "openshape/vitb32": 512,
+        "openshape/bigG": 1280,
+        "uni3d/ti": 1024,
+    }
     with torch.no_grad():
         for name in ("cg3d/point_transformer", "openshape/vitb32"):
             out = models[name].encoder(cloud(models[name].contract.points).expand(2, -1, -1))
-            assert out.shape == (2, sizes[name]) and not torch.allclose(out.norm(dim=1), torch.ones(2), atol=0.1)
+            assert out.shape == (2, sizes[name]) and not torch.allclose(
+                out.norm(dim=1), torch.ones(2), atol=0.1
+            )
             assert torch.allclose(out[0], out[1], atol=1e-4)
     assert {name: model.encoder.dim for name, model in models.items()} == sizes
 
@@ -67,19 +90,32 @@ def test_wrappers_do_not_matter(files, models, tmp_path):
     points = cloud(1024, 3)
     with torch.no_grad():
         expected = models["cg3d/point_transformer"].encoder(points)
-        for wrap in (lambda s: {"base_model": {f"module.{k}": v for k, v in s.items()}}, lambda s: {"model": {f"transformer_q.{k}": v for k, v in s.items()}},
-                     lambda s: {f"module.base_model.{k}": v for k, v in s.items()}, lambda s: {"base_model": {k: v.half() if v.is_floating_point() else v for k, v in s.items()}}):
+        for wrap in (
+            lambda s: {"base_model": {f"module.{k}": v for k, v in s.items()}},
+            lambda s: {"model": {f"transformer_q.{k}": v for k, v in s.items()}},
+            lambda s: {f"module.base_model.{k}": v for k, v in s.items()},
+            lambda s: {"base_model": {k: v.half() if v.is_floating_point() else v for k, v in s.items()}},
+        ):
             torch.save(wrap(state), tmp_path / "w.pt")
             got = load_published(tmp_path / "w.pt").encoder(points)
-            assert (got - expected).abs().max() < (0.05 if wrap(state).get("base_model", {}).get("projection.bias", torch.ones(1)).dtype == torch.float16 else 1e-6)
+            assert (got - expected).abs().max() < (
+                0.05
+                if wrap(state).get("base_model", {}).get("projection.bias", torch.ones(1)).dtype
+                == torch.float16
+                else 1e-6
+            )
 
 
 def test_safetensors(files, models, tmp_path):
     from safetensors.torch import save_file
+
     tensors = read_checkpoint(files["openshape/vitb32"]).tensors
     save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "vitb32.safetensors")
     model = load_published(tmp_path / "vitb32.safetensors")
-    assert model.contract == models["openshape/vitb32"].contract and all(torch.equal(a, b) for a, b in zip(model.encoder.parameters(), models["openshape/vitb32"].encoder.parameters()))
+    assert model.contract == models["openshape/vitb32"].contract and all(
+        torch.equal(a, b)
+        for a, b in zip(model.encoder.parameters(), models["openshape/vitb32"].encoder.parameters())
+    )
 
 
 def test_contract_at_the_edge(models):
@@ -104,7 +140,10 @@ def test_table_of_contracts():
     for family in ("cg3d", "ulip/", "ulip2", "openshape", "uni3d"):
         assert any(name.startswith(family) for name in table.index)
     assert table.loc["openshape/bigG", "up"].startswith("z") and table.loc["openshape/vitl14", "up"] == "y"
-    assert table.loc["cg3d/pointmlp-8k", "points"] == 8192 and "0.001" in table.loc["ulip/pointbert", "near origin"]
+    assert (
+        table.loc["cg3d/pointmlp-8k", "points"] == 8192
+        and "0.001" in table.loc["ulip/pointbert", "near origin"]
+    )
     assert not table.astype(str).eq("").drop(columns="note").any().any()
 
 
@@ -124,7 +163,9 @@ def test_towers_inside_ulip(models):
     assert isinstance(model, PublishedModel) and model.backbone.dim == 512
     text = model.embed_text(["a chair", "a table"])
     picture = model.embed_image(torch.rand(2, 3, 40, 30))
-    assert text.shape == picture.shape == (2, 512) and torch.allclose(text.norm(dim=1), torch.ones(2), atol=1e-5)
+    assert text.shape == picture.shape == (2, 512) and torch.allclose(
+        text.norm(dim=1), torch.ones(2), atol=1e-5
+    )
     assert model.logit_scale == pytest.approx(np.exp(2.6593), rel=1e-4)
 
 
@@ -135,7 +176,10 @@ def test_cg3d_with_slip_beside_it(files, tmp_path):
     assert set(model.report.table.file) == {"point_transformer_1k.pth", "slip_base_100ep.pt"}
     assert model.prompts.visual == ("deep",) and model.prompts.deep_prompt_embeddings.shape == (1, 5, 128)
     picture = torch.rand(1, 3, 24, 24)
-    assert (model.embed_image(picture) - torch.nn.functional.normalize(model.backbone.encode_image(picture), dim=-1)).abs().max() > 1e-4
+    assert (
+        model.embed_image(picture)
+        - torch.nn.functional.normalize(model.backbone.encode_image(picture), dim=-1)
+    ).abs().max() > 1e-4
     answer = model.classify(cloud(1500), ["chair", "lamp"], templates=["This is a {}"])
     assert answer.probability.sum() == pytest.approx(1, abs=1e-5)
     with pytest.raises(ValueError, match="load_published"):
@@ -147,19 +191,41 @@ def test_without_towers(files, tmp_path, models):
         models["cg3d/point_transformer"].embed_text("a chair")
     with pytest.raises(ValueError, match="1280 numbers.*384"):
         load_published(files["openshape/bigG"], clip="nano")
-    assert models["openshape/bigG"].config.clip == "ViT-bigG-14" and models["uni3d/ti"].config.clip == "EVA02-E-14-plus"
+    assert (
+        models["openshape/bigG"].config.clip == "ViT-bigG-14"
+        and models["uni3d/ti"].config.clip == "EVA02-E-14-plus"
+    )
 
 
-@pytest.mark.parametrize("layout, edit, words", [
-    ("ulip/pointmlp", lambda c: c["state_dict"].pop("module.pc_projection"), "pc_projection"),
-    ("openshape/bigG", lambda c: c["state_dict"].pop("module.proj.weight"), "proj.weight"),
-    ("cg3d/point_transformer", lambda c: c["base_model"].pop("projection.weight"), "projection.weight"),
-    ("uni3d/ti", lambda c: c["module"].pop("point_encoder.trans2embed.weight"), "trans2embed.weight"),
-    ("uni3d/ti", lambda c: c["module"].pop("point_encoder.visual.blocks.3.attn.q_bias"), "blocks.3.attn.q_bias"),
-    ("cg3d/point_transformer", lambda c: c["base_model"].update({"blocks.blocks.0.extra.weight": torch.ones(2)}), "unexpected tensor 'base_model.blocks.blocks.0.extra.weight'"),
-    ("openshape/vitb32", lambda c: c.update({"pc_encoder.lift.2.weight": torch.ones(7)}), r"pc_encoder.lift.2.weight' has shape \(7,\)"),
-    ("openshape/vitb32", lambda c: [c.pop(k) for k in list(c) if k.startswith("pc_encoder")] and c.update(w=torch.ones(2)), "belongs to none of cg3d, ulip"),
-])
+@pytest.mark.parametrize(
+    "layout, edit, words",
+    [
+        ("ulip/pointmlp", lambda c: c["state_dict"].pop("module.pc_projection"), "pc_projection"),
+        ("openshape/bigG", lambda c: c["state_dict"].pop("module.proj.weight"), "proj.weight"),
+        ("cg3d/point_transformer", lambda c: c["base_model"].pop("projection.weight"), "projection.weight"),
+        ("uni3d/ti", lambda c: c["module"].pop("point_encoder.trans2embed.weight"), "trans2embed.weight"),
+        (
+            "uni3d/ti",
+            lambda c: c["module"].pop("point_encoder.visual.blocks.3.attn.q_bias"),
+            "blocks.3.attn.q_bias",
+        ),
+        (
+            "cg3d/point_transformer",
+            lambda c: c["base_model"].update({"blocks.blocks.0.extra.weight": torch.ones(2)}),
+            "unexpected tensor 'base_model.blocks.blocks.0.extra.weight'",
+        ),
+        (
+            "openshape/vitb32",
+            lambda c: c.update({"pc_encoder.lift.2.weight": torch.ones(7)}),
+            r"pc_encoder.lift.2.weight' has shape \(7,\)",
+        ),
+        (
+            "openshape/vitb32",
+            lambda c: [c.pop(k) for k in list(c) if k.startswith("pc_encoder")] and c.update(w=torch.ones(2)),
+            "belongs to none of cg3d, ulip",
+        ),
+    ],
+)
 def test_bad_tensors_are_named(files, tmp_path, layout, edit, words):
     with pytest.raises(ValueError, match=words):
         load_published(edited(files[layout], tmp_path, edit))
@@ -173,8 +239,11 @@ def test_wrong_family(files):
 
 
 class Trap:
-    def __init__(self, mark): self.mark = mark
-    def __reduce__(self): return os.system, (f"touch {self.mark}",)
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
 
 
 def test_damaged_and_dangerous_files(files, tmp_path):
@@ -194,6 +263,7 @@ def test_damaged_and_dangerous_files(files, tmp_path):
 
 def test_hub_without_network(monkeypatch, tmp_path):
     import huggingface_hub
+
     asked = []
 
     def offline(repo, filename, **kind):
@@ -202,11 +272,19 @@ def test_hub_without_network(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     monkeypatch.chdir(tmp_path)
-    for name in ("OpenShape/openshape-pointbert-vitg14-rgb", "hf-hub:BAAI/Uni3D/modelzoo/uni3d-b/model.pt", "datasets/SFXX/ulip/a/b.pt"):
+    for name in (
+        "OpenShape/openshape-pointbert-vitg14-rgb",
+        "hf-hub:BAAI/Uni3D/modelzoo/uni3d-b/model.pt",
+        "datasets/SFXX/ulip/a/b.pt",
+    ):
         with pytest.raises(FileNotFoundError, match="pass its path") as caught:
             load_published(name)
         assert "\n" not in str(caught.value)
-    assert asked == [("OpenShape/openshape-pointbert-vitg14-rgb", "model.pt"), ("BAAI/Uni3D", "modelzoo/uni3d-b/model.pt"), ("SFXX/ulip", "a/b.pt", "dataset")]
+    assert asked == [
+        ("OpenShape/openshape-pointbert-vitg14-rgb", "model.pt"),
+        ("BAAI/Uni3D", "modelzoo/uni3d-b/model.pt"),
+        ("SFXX/ulip", "a/b.pt", "dataset"),
+    ]
     for path in ("runs/model.pt", "/nowhere/x.pt", tmp_path / "none.pt"):
         with pytest.raises(FileNotFoundError, match="no such file"):
             load_published(path)

@@ -1,4 +1,5 @@
 "Views, texts, the view cache and the training item, on shapes made here."
+
 import subprocess
 import sys
 
@@ -7,112 +8,186 @@ import pandas as pd
 import pytest
 import torch
 
-from cg3d.render import ViewSettings, random_views, render_mesh, render_points, ring_views, splat, splat_slow
-from cg3d.shapes import Shape, write_collection
-from cg3d.triplets import TEMPLATES, Texts, Triplets, ViewCache, captions, collate, draw_text, fill
+from cg3d.data.captions import TEMPLATES, Texts, captions, draw_text, fill
+from cg3d.data.triplets import Triplets, collate
+from cg3d.io.collection import write_collection
+from cg3d.io.shape import Shape
+from cg3d.render.cameras import ViewSettings, random_views, ring_views
+from cg3d.render.mesh import render_mesh
+from cg3d.render.points import render_points, splat, splat_slow
+from cg3d.render.view_cache import ViewCache
 
 
-def ball(n=300, seed=0, coloured=True):
+def ball(n=300, seed=0, colored=True):
     generator = torch.Generator().manual_seed(seed)
     xyz = torch.nn.functional.normalize(torch.randn(n, 3, generator=generator), dim=-1)
-    return torch.cat([xyz, (xyz + 1) / 2], -1) if coloured else xyz
+    return torch.cat([xyz, (xyz + 1) / 2], -1) if colored else xyz
 
 
 @pytest.fixture(scope="module")
 def collection(tmp_path_factory):
     clouds = [ball(256, seed) for seed in range(6)]
-    shapes = [Shape(c[:, :3].numpy() * (1, 1 + i, 1), c[:, 3:].numpy() if i else None, name=f"ball {i}", tags=("toy",), id=f"b{i}",
-                    caption=f"caption {i}" if i % 2 else "", size=(.1, .1 + i, .1)) for i, c in enumerate(clouds)]
+    shapes = [
+        Shape(
+            c[:, :3].numpy() * (1, 1 + i, 1),
+            c[:, 3:].numpy() if i else None,
+            name=f"ball {i}",
+            tags=("toy",),
+            id=f"b{i}",
+            caption=f"caption {i}" if i % 2 else "",
+            size=(0.1, 0.1 + i, 0.1),
+        )
+        for i, c in enumerate(clouds)
+    ]
     columns = pd.DataFrame(dict(split=["train"] * 4 + ["test"] * 2))
     return write_collection(tmp_path_factory.mktemp("set") / "balls", shapes, n=256, columns=columns)
 
 
 def test_leaf_imports_stay_light():
-    code = "import sys, cg3d.render, cg3d.triplets; print([m for m in ('pytorch3d', 'trimesh', 'open_clip', 'plotly', 'accelerate', 'sklearn') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = "import sys, cg3d.render.cameras, cg3d.data.captions; print([m for m in ('pytorch3d', 'trimesh', 'open_clip', 'plotly', 'accelerate', 'sklearn') if m in sys.modules])"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 @pytest.mark.parametrize("size,k", [(32, 1), (48, 4), (33, 7)])
 def test_splat_equals_pytorch3d(size, k):
     generator = torch.Generator().manual_seed(size)
-    ndc = torch.rand(2, 150, 3, generator=generator) * torch.tensor([2.4, 2.4, 2.]) - torch.tensor([1.2, 1.2, .2])  # some outside, some behind
-    radius = .02 + .15 * torch.rand(2, 150, generator=generator)
+    ndc = torch.rand(2, 150, 3, generator=generator) * torch.tensor([2.4, 2.4, 2.0]) - torch.tensor(
+        [1.2, 1.2, 0.2]
+    )  # some outside, some behind
+    radius = 0.02 + 0.15 * torch.rand(2, 150, generator=generator)
     for fast, slow in zip(splat(ndc, radius, size, k), splat_slow(ndc, radius, size, k)):
         assert (fast - slow).abs().gt(1e-5).float().mean() < 1e-3
     assert (splat(ndc + 5, radius, size, k)[0] == -1).all()  # nothing in the picture
 
 
 def test_views_follow_the_contract():
-    views = render_points(torch.stack([ball(seed=1), ball(seed=2)]), *random_views((2, 3), torch.Generator().manual_seed(0)), size=40)
-    assert views.shape == (2, 3, 3, 40, 40) and views.dtype == torch.float32 and 0 <= views.min() and views.max() <= 1
-    assert (views[..., 0, 0] == 1).all() and (views < 1).any(2).float().mean() > .2
-    assert torch.equal(views[:1], render_points(ball(seed=1)[None], *(a[:1] for a in random_views((2, 3), torch.Generator().manual_seed(0))), size=40))
-    grey = render_points(ball(coloured=False)[None], *ring_views(1), size=40)
-    assert (grey.amax(2) - grey.amin(2)).max() < 1e-5 and grey.min() < .5
+    views = render_points(
+        torch.stack([ball(seed=1), ball(seed=2)]),
+        *random_views((2, 3), torch.Generator().manual_seed(0)),
+        size=40,
+    )
+    assert (
+        views.shape == (2, 3, 3, 40, 40)
+        and views.dtype == torch.float32
+        and 0 <= views.min()
+        and views.max() <= 1
+    )
+    assert (views[..., 0, 0] == 1).all() and (views < 1).any(2).float().mean() > 0.2
+    assert torch.equal(
+        views[:1],
+        render_points(
+            ball(seed=1)[None],
+            *(a[:1] for a in random_views((2, 3), torch.Generator().manual_seed(0))),
+            size=40,
+        ),
+    )
+    gray = render_points(ball(colored=False)[None], *ring_views(1), size=40)
+    assert (gray.amax(2) - gray.amin(2)).max() < 1e-5 and gray.min() < 0.5
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_tiny_clouds_are_drawn(n):
-    cloud = torch.tensor([[0., 0., 0.], [.5, 0, 0], [0, .5, 0], [0, 0, .5], [-.5, 0, 0]])[:n][None]
+    cloud = torch.tensor([[0.0, 0.0, 0.0], [0.5, 0, 0], [0, 0.5, 0], [0, 0, 0.5], [-0.5, 0, 0]])[:n][None]
     views = render_points(cloud, *ring_views(2), size=32)
     assert views.isfinite().all() and (views < 1).any()
 
 
 def test_bad_views_are_refused():
-    with pytest.raises(ValueError): render_points(torch.zeros(2, 5), 0., 0.)
-    with pytest.raises(ValueError): render_points(torch.full((1, 5, 3), float("nan")), 0., 0.)
-    with pytest.raises(ValueError, match="azimuth"): render_points(ball()[None], torch.zeros(3, 2), torch.zeros(3, 2))
-    with pytest.raises(ValueError, match="size"): ViewSettings(size=-1)
-    with pytest.raises(FileNotFoundError): render_mesh("nowhere.glb", *ring_views(1))
-    with pytest.raises(TypeError): render_mesh(3, *ring_views(1))
+    with pytest.raises(ValueError):
+        render_points(torch.zeros(2, 5), 0.0, 0.0)
+    with pytest.raises(ValueError):
+        render_points(torch.full((1, 5, 3), float("nan")), 0.0, 0.0)
+    with pytest.raises(ValueError, match="azimuth"):
+        render_points(ball()[None], torch.zeros(3, 2), torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="size"):
+        ViewSettings(size=-1)
+    with pytest.raises(FileNotFoundError):
+        render_mesh("nowhere.glb", *ring_views(1))
+    with pytest.raises(TypeError):
+        render_mesh(3, *ring_views(1))
 
 
-def test_mesh_stands_upright_and_keeps_its_colours(tmp_path):
+def test_mesh_stands_upright_and_keeps_its_colors(tmp_path):
     import trimesh
-    box = trimesh.creation.box((.2, 1., .2))  # tall along y
+
+    box = trimesh.creation.box((0.2, 1.0, 0.2))  # tall along y
     box.visual.vertex_colors = np.tile([220, 30, 30, 255], (8, 1))
     box.export(tmp_path / "box.glb")
     seen = render_mesh(tmp_path / "box.glb", *ring_views(1), size=48)[0, 0]
-    hit = (seen < .99).any(0)
+    hit = (seen < 0.99).any(0)
     high, wide = hit.any(1).sum(), hit.any(0).sum()
     assert high > 2 * wide and seen[0][hit].mean() > 2 * seen[1][hit].mean()
-    flat = (render_mesh(box, *ring_views(1), size=48, up="z")[0, 0] < .99).any(0)
+    flat = (render_mesh(box, *ring_views(1), size=48, up="z")[0, 0] < 0.99).any(0)
     assert flat.any(1).sum() < high  # z up: y lies down
 
     from pytorch3d.renderer import TexturesVertex
     from pytorch3d.structures import Meshes
-    verts, faces = torch.tensor(box.vertices).float() / np.linalg.norm([.1, .5, .1]), torch.tensor(box.faces)
-    mesh = Meshes([verts], [faces], TexturesVertex([torch.tensor([220, 30, 30.]).expand(8, 3) / 255]))
-    assert (render_mesh(mesh, *ring_views(1), size=48)[0, 0] - seen).abs().max() < .02
+
+    verts, faces = (
+        torch.tensor(box.vertices).float() / np.linalg.norm([0.1, 0.5, 0.1]),
+        torch.tensor(box.faces),
+    )
+    mesh = Meshes([verts], [faces], TexturesVertex([torch.tensor([220, 30, 30.0]).expand(8, 3) / 255]))
+    assert (render_mesh(mesh, *ring_views(1), size=48)[0, 0] - seen).abs().max() < 0.02
 
 
 def test_texts():
     assert all(fill(t, "oven").count("oven") == 1 for t in TEMPLATES) and len(TEMPLATES) >= 10
-    row = dict(name="stool", tags="Seat, Blend Swap", width=.3, height=.9, depth=.3, caption="c", query="q", category="chair")
+    row = dict(
+        name="stool",
+        tags="Seat, Blend Swap",
+        width=0.3,
+        height=0.9,
+        depth=0.3,
+        caption="c",
+        query="q",
+        category="chair",
+    )
     said = captions(row, ("red",))
-    assert "a tall red stool" in said["attributes"] and said["caption"] == ["c"] and "blend swap" not in str(said)
+    assert (
+        "a tall red stool" in said["attributes"]
+        and said["caption"] == ["c"]
+        and "blend swap" not in str(said)
+    )
     drawn = {draw_text(row, torch.Generator().manual_seed(i)) for i in range(200)}
     assert {"c", "q", "a stool, seat"} <= drawn and not any("chair" in text for text in drawn)
-    assert draw_text(row, torch.Generator().manual_seed(3)) == draw_text(row, torch.Generator().manual_seed(3))
-    with pytest.raises(TypeError): Texts(colour=1)
+    assert draw_text(row, torch.Generator().manual_seed(3)) == draw_text(
+        row, torch.Generator().manual_seed(3)
+    )
+    with pytest.raises(TypeError):
+        Texts(color=1)
 
 
 def test_cache_survives_interruption(tmp_path, monkeypatch):
-    import cg3d.triplets as module
+    import cg3d.data.captions as module
+
     points, real, calls = torch.stack([ball(seed=s) for s in range(20)]), module.render_points, []
+
     def fails(*args, **kwargs):
         calls.append(1)
-        if len(calls) > 1: raise KeyboardInterrupt
+        if len(calls) > 1:
+            raise KeyboardInterrupt
         return real(*args, **kwargs)
+
     options = dict(views=2, settings=ViewSettings(size=16), folder=tmp_path, workers=1, progress=False)
     monkeypatch.setattr(module, "render_points", fails)
-    with pytest.raises(KeyboardInterrupt): ViewCache(points, **options)
+    with pytest.raises(KeyboardInterrupt):
+        ViewCache(points, **options)
     assert list((tmp_path / "views").iterdir()) == []
     monkeypatch.setattr(module, "render_points", real)
     cache, again = ViewCache(points, **options), ViewCache(points, **options | dict(workers=2))
     assert not cache.hit and again.hit and cache[3, 1].shape == (3, 16, 16)
-    assert (cache[:, 0] - real(points, cache.azimuth, cache.elevation, size=16)[:, 0]).abs().max() <= .5 / 255 + 1e-6
-    assert not ViewCache(points + torch.tensor([0., .01, 0, 0, 0, 0]), **options).hit  # other content, other key
+    assert (
+        cache[:, 0] - real(points, cache.azimuth, cache.elevation, size=16)[:, 0]
+    ).abs().max() <= 0.5 / 255 + 1e-6
+    assert not ViewCache(
+        points + torch.tensor([0.0, 0.01, 0, 0, 0, 0]), **options
+    ).hit  # other content, other key
 
 
 def test_triplets(collection, tmp_path, monkeypatch):
@@ -121,19 +196,36 @@ def test_triplets(collection, tmp_path, monkeypatch):
     data = Triplets(collection, "train", **options)
     assert len(data) == 4 and len(list((tmp_path / "views").iterdir())) == 1
     batch = data.batch([0, 2, 3], epoch=1)
-    assert batch["points"].shape == (3, 64, 6) and batch["images"].shape == (3, 3, 16, 16) and batch["id"] == ["b0", "b2", "b3"]
-    assert (batch["points"][0, :, 3:] == .4).all() and 0 <= batch["images"].min() and batch["images"].max() <= 1
+    assert (
+        batch["points"].shape == (3, 64, 6)
+        and batch["images"].shape == (3, 3, 16, 16)
+        and batch["id"] == ["b0", "b2", "b3"]
+    )
+    assert (
+        (batch["points"][0, :, 3:] == 0.4).all() and 0 <= batch["images"].min() and batch["images"].max() <= 1
+    )
     data.set_epoch(1)
     items = collate([data[0], data[2], data[3]])
-    assert torch.equal(items["points"], batch["points"]) and torch.equal(items["images"], batch["images"]) and items["texts"] == batch["texts"]
-    assert {tuple(data.batch([1], epoch)["view"].tolist()) for epoch in range(3)} == {(0,), (1,), (2,)}  # all views in turn
+    assert (
+        torch.equal(items["points"], batch["points"])
+        and torch.equal(items["images"], batch["images"])
+        and items["texts"] == batch["texts"]
+    )
+    assert {tuple(data.batch([1], epoch)["view"].tolist()) for epoch in range(3)} == {
+        (0,),
+        (1,),
+        (2,),
+    }  # all views in turn
     twin = Triplets(collection, "train", **options)
     assert twin.cache.hit and torch.equal(twin.batch([0, 2, 3], 1)["points"], batch["points"])
     other = Triplets(collection, "train", **options, seed=1)
     assert not torch.equal(other.batch([0, 2, 3], 1)["points"], batch["points"])
 
     held = Triplets(collection, ["test"], **options, train=False)
-    assert held.batch([0, 1], 0)["texts"] == held.batch([0, 1], 7)["texts"] and held.batch([1])["texts"] == ["caption 5"]
+    assert held.batch([0, 1], 0)["texts"] == held.batch([0, 1], 7)["texts"] and held.batch([1])["texts"] == [
+        "caption 5"
+    ]
     dealt = Triplets(collection, "train", **options, shuffle_texts=True)
     assert dealt.said != data.said and sorted(map(str, dealt.said)) == sorted(map(str, data.said))
-    with pytest.raises(ValueError, match="points=999"): Triplets(collection, points=999)
+    with pytest.raises(ValueError, match="points=999"):
+        Triplets(collection, points=999)

@@ -1,30 +1,49 @@
 """Composed rooms: nothing overlaps, sizes are real, seeds repeat, cameras see a part, demands that cannot be met are refused."""
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from cg3d.rooms import RoomSettings, compose_room, depth_error, look, pieces, seen_from, surface
-from cg3d.scans import Scene
-from cg3d.shapes import Collection, Packed, Shape, furniture, write_collection
+from cg3d.data.furniture import furniture
+from cg3d.io.collection import Collection, Packed, write_collection
+from cg3d.io.scene import Scene
+from cg3d.io.shape import Shape
+from cg3d.scenes.synthetic_rooms import (
+    RoomSettings,
+    compose_room,
+    depth_error,
+    look,
+    pieces,
+    seen_from,
+    surface,
+)
 
 COARSE = RoomSettings(spacing=0.05, fewest=200)
 SIDES = ["width", "height", "depth"]
 
 
 @pytest.fixture(scope="module")
-def test_shapes(): return furniture().select(split="test")
+def test_shapes():
+    return furniture().select(split="test")
 
 
 @pytest.fixture(scope="module")
-def rooms(): return [compose_room(seed, settings=COARSE) for seed in range(4)]
+def rooms():
+    return [compose_room(seed, settings=COARSE) for seed in range(4)]
 
 
 def boxes(room):
     "Low and high corner of each thing, (things, 2, 3)."
-    return np.stack([np.stack([room.points[room.instance == i].min(0), room.points[room.instance == i].max(0)]) for i in room.instances()])
+    return np.stack(
+        [
+            np.stack([room.points[room.instance == i].min(0), room.points[room.instance == i].max(0)])
+            for i in room.instances()
+        ]
+    )
 
 
-def overlap(a, b): return bool((np.minimum(a[1], b[1]) - np.maximum(a[0], b[0]) > 0.005).all())
+def overlap(a, b):
+    return bool((np.minimum(a[1], b[1]) - np.maximum(a[0], b[0]) > 0.005).all())
 
 
 def test_things_stand_apart_and_inside(rooms):
@@ -33,9 +52,14 @@ def test_things_stand_apart_and_inside(rooms):
         assert isinstance(room, Scene) and len(found) > 5
         for i in range(len(found)):
             for j in range(i):
-                if not overlap(found[i], found[j]): continue
-                below = room.points[room.instance == j]  # a rim or a lid may rise into the box of what stands on top
-                assert found[i][0, 1] > 0.05 and found[j][0, 1] < 0.02 and found[j][1, 1] - found[i][0, 1] < 0.08
+                if not overlap(found[i], found[j]):
+                    continue
+                below = room.points[
+                    room.instance == j
+                ]  # a rim or a lid may rise into the box of what stands on top
+                assert (
+                    found[i][0, 1] > 0.05 and found[j][0, 1] < 0.02 and found[j][1, 1] - found[i][0, 1] < 0.08
+                )
                 assert ((below > found[i][0]) & (below < found[i][1])).all(1).mean() < 0.05
         assert (found[:, 0] >= shell.min(0) - 1e-3).all() and (found[:, 1] <= shell.max(0) + 1e-3).all()
 
@@ -44,7 +68,11 @@ def test_every_thing_stands_on_something(rooms):
     for room in rooms:
         found = boxes(room)
         for low in found[:, 0]:
-            middle_below = [other[1, 1] for other in found if (other[0, [0, 2]] <= low[[0, 2]]).all() and (other[1, [0, 2]] >= low[[0, 2]]).all()]
+            middle_below = [
+                other[1, 1]
+                for other in found
+                if (other[0, [0, 2]] <= low[[0, 2]]).all() and (other[1, [0, 2]] >= low[[0, 2]]).all()
+            ]
             assert any(abs(low[1] - height) < 0.06 for height in [0.0, *middle_below]), low
 
 
@@ -56,7 +84,9 @@ def test_sizes_are_real(rooms, test_shapes):
             flat = thing[:, [0, 2]]
             radius = np.linalg.norm(flat - (flat.min(0) + flat.max(0)) / 2, axis=1).max()
             assert radius <= np.hypot(size[0], size[2]) / 2 + COARSE.spacing, "no wider than its diagonal"
-            assert room.names[i] == (test_shapes.table["category"].iloc[row] or test_shapes.table["name"].iloc[row])
+            assert room.names[i] == (
+                test_shapes.table["category"].iloc[row] or test_shapes.table["name"].iloc[row]
+            )
 
 
 def test_points_are_spread_like_the_shape():
@@ -66,12 +96,18 @@ def test_points_are_spread_like_the_shape():
     per_quarter = np.histogram2d(xyz[:, 0], xyz[:, 2], 4)[0]
     assert per_quarter.max() / per_quarter.min() < 1.6 and np.allclose(rgb, 0.4)
     repeated = Shape(np.repeat(square[:500], 4, 0), size=(3.0, 0.02, 3.0))
-    assert len(surface(repeated, 0.03, 10, np.random.default_rng(0))[0]) > 4000, "repeated points do not thin a surface out"
+    assert len(surface(repeated, 0.03, 10, np.random.default_rng(0))[0]) > 4000, (
+        "repeated points do not thin a surface out"
+    )
 
 
 def test_seeds_repeat(rooms):
     again = compose_room(1, settings=COARSE)
-    assert (again.points == rooms[1].points).all() and (again.colors == rooms[1].colors).all() and again.names == rooms[1].names
+    assert (
+        (again.points == rooms[1].points).all()
+        and (again.colors == rooms[1].colors).all()
+        and again.names == rooms[1].names
+    )
     assert again.shapes != rooms[2].shapes
     a, b = look(again, 2, seed=5), look(again, 2, seed=5)
     assert (a.points == b.points).all() and len(look(again, 2, seed=6)) != len(a)
@@ -93,12 +129,21 @@ def test_cameras_see_a_strict_subset(rooms):
 def test_what_is_behind_is_hidden():
     "Against a ray test: a point of the far wall is seen where its ray misses the board in front."
     generator = np.random.default_rng(0)
-    board, wall = generator.uniform([-0.5, 0.5, 1.5], [0.5, 1.5, 1.5], (8000, 3)), generator.uniform([-1.5, 0, 3], [1.5, 2, 3], (40000, 3))
+    board, wall = (
+        generator.uniform([-0.5, 0.5, 1.5], [0.5, 1.5, 1.5], (8000, 3)),
+        generator.uniform([-1.5, 0, 3], [1.5, 2, 3], (40000, 3)),
+    )
     eye = np.array([0.0, 1.0, 0.0])
     seen = seen_from(np.concatenate([board, wall]), eye, np.array([0.0, 1.0, 3.0]), 0.015)
     cut = eye + (wall - eye) / 2  # where the ray to the wall passes z = 1.5
-    margin = np.maximum(np.abs(cut[:, 0]) - 0.5, np.abs(cut[:, 1] - 1.0) - 0.5)  # below zero: behind the board
-    assert seen[:8000].mean() > 0.99 and seen[8000:][margin < -0.03].mean() < 0.01 and seen[8000:][margin > 0.03].mean() > 0.99
+    margin = np.maximum(
+        np.abs(cut[:, 0]) - 0.5, np.abs(cut[:, 1] - 1.0) - 0.5
+    )  # below zero: behind the board
+    assert (
+        seen[:8000].mean() > 0.99
+        and seen[8000:][margin < -0.03].mean() < 0.01
+        and seen[8000:][margin > 0.03].mean() > 0.99
+    )
 
 
 @pytest.mark.parametrize("noise", [1.0, 3.0])
@@ -115,8 +160,11 @@ def test_noise_has_the_stated_deviation(rooms, noise):
 
 def test_demands_are_met():
     room = compose_room(0, rows=[54, 33, 54, 12], size=(4, 3.5), settings=COARSE)
-    assert sorted(room.shapes) == [12, 33, 54, 54] and np.allclose(room.points.max(0)[[0, 2]], [4, 3.5], atol=0.02)
-    for objects in (1, 8, 12): assert len(compose_room(1, objects=objects, settings=COARSE).instances()) == objects
+    assert sorted(room.shapes) == [12, 33, 54, 54] and np.allclose(
+        room.points.max(0)[[0, 2]], [4, 3.5], atol=0.02
+    )
+    for objects in (1, 8, 12):
+        assert len(compose_room(1, objects=objects, settings=COARSE).instances()) == objects
 
 
 def test_backs_turn_to_the_wall(test_shapes):
@@ -126,29 +174,52 @@ def test_backs_turn_to_the_wall(test_shapes):
         sofa = sofa.points[sofa.instance == 0]
         low, high = sofa.min(0)[[0, 2]], sofa.max(0)[[0, 2]]
         sides = np.concatenate([low, 4 - high])
-        if sides.min() > settings.gap + 0.002: continue
+        if sides.min() > settings.gap + 0.002:
+            continue
         back = sofa[sofa[:, 1] > 0.7][:, [0, 2]].mean(0)
         at_wall += 1
         assert sides[np.argmin(np.concatenate([back, 4 - back]))] <= settings.gap + 0.002
     assert at_wall >= 5
 
 
-@pytest.mark.parametrize(("asked", "words"), [
-    ({"objects": 40, "size": (3, 3)}, "larger size="), ({"objects": 0}, "objects=0"), ({"rows": []}, "rows= is empty"),
-    ({"rows": [92]}, "not rows"), ({"rows": [35], "size": (3, 3)}, "larger size="), ({"rows": [50]}, "higher than the room"),
-    ({"size": (0.2, 3)}, "1 to 50"), ({"size": 4}, "1 to 50"), ({"rows": [1], "objects": 2}, "not both"), ({"cameras": -1}, "cameras=-1")])
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"objects": 40, "size": (3, 3)}, "larger size="),
+        ({"objects": 0}, "objects=0"),
+        ({"rows": []}, "rows= is empty"),
+        ({"rows": [92]}, "not rows"),
+        ({"rows": [35], "size": (3, 3)}, "larger size="),
+        ({"rows": [50]}, "higher than the room"),
+        ({"size": (0.2, 3)}, "1 to 50"),
+        ({"size": 4}, "1 to 50"),
+        ({"rows": [1], "objects": 2}, "not both"),
+        ({"cameras": -1}, "cameras=-1"),
+    ],
+)
 def test_demands_that_cannot_be_met(asked, words):
-    with pytest.raises(ValueError, match=words): compose_room(0, settings=COARSE, **asked)
+    with pytest.raises(ValueError, match=words):
+        compose_room(0, settings=COARSE, **asked)
 
 
 @pytest.mark.parametrize("values", [{"spacing": 1.0}, {"floor_things": 0}, {"low": (7, 7)}, {"low": (0, 4)}])
 def test_settings_that_make_no_room(values):
-    with pytest.raises(ValueError, match=next(iter(values))): RoomSettings(**values)
+    with pytest.raises(ValueError, match=next(iter(values))):
+        RoomSettings(**values)
 
 
-@pytest.mark.parametrize(("wrong", "words"), [({"noise": -1}, "noise=-1"), ({"noise": float("nan")}, "noise=nan"), ({"eyes": [1, 2, 3]}, "places"), ({"cameras": 0}, "cameras=0")])
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"noise": -1}, "noise=-1"),
+        ({"noise": float("nan")}, "noise=nan"),
+        ({"eyes": [1, 2, 3]}, "places"),
+        ({"cameras": 0}, "cameras=0"),
+    ],
+)
 def test_cameras_that_are_none(rooms, wrong, words):
-    with pytest.raises(ValueError, match=words): look(rooms[0], **wrong)
+    with pytest.raises(ValueError, match=words):
+        look(rooms[0], **wrong)
 
 
 def test_shapes_without_a_size(tmp_path, test_shapes):
@@ -156,8 +227,17 @@ def test_shapes_without_a_size(tmp_path, test_shapes):
     mixed = write_collection(tmp_path / "mixed", [sized, bare])
     assert pieces(mixed, COARSE) == ([0], []), "left out"
     assert compose_room(0, mixed, settings=COARSE).shapes == [0]
-    with pytest.raises(ValueError, match="no size"): compose_room(0, mixed, rows=[1], settings=COARSE)
-    with pytest.raises(ValueError, match="no shape that fits"): compose_room(0, mixed.select([False, True]), settings=COARSE)
-    with pytest.raises(ValueError, match="no shape that fits"): compose_room(0, mixed.select([False, False]), settings=COARSE)
-    with pytest.raises(ValueError, match="width, height and depth"): compose_room(0, Collection(pd.DataFrame({"name": ["a", "b"]}), Packed(mixed.packed.path, 2), np.arange(2)), settings=COARSE)
-    with pytest.raises(ValueError, match="size in metres is not known"): surface(bare, 0.02, 10, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="no size"):
+        compose_room(0, mixed, rows=[1], settings=COARSE)
+    with pytest.raises(ValueError, match="no shape that fits"):
+        compose_room(0, mixed.select([False, True]), settings=COARSE)
+    with pytest.raises(ValueError, match="no shape that fits"):
+        compose_room(0, mixed.select([False, False]), settings=COARSE)
+    with pytest.raises(ValueError, match="width, height and depth"):
+        compose_room(
+            0,
+            Collection(pd.DataFrame({"name": ["a", "b"]}), Packed(mixed.packed.path, 2), np.arange(2)),
+            settings=COARSE,
+        )
+    with pytest.raises(ValueError, match="size in meters is not known"):
+        surface(bare, 0.02, 10, np.random.default_rng(0))

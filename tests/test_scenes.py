@@ -1,4 +1,5 @@
 """Scenes from file to answer: what is refused, what is reported, and whether a room answers better than chance."""
+
 import json
 import os
 import subprocess
@@ -6,31 +7,33 @@ import sys
 import warnings
 from pathlib import Path
 
+import miniatures
 import numpy as np
 import pandas as pd
-import miniatures
 import pytest
 import torch
 import trimesh
 
 import cg3d
-from cg3d.rooms import RoomSettings, compose_room, look
-from cg3d.scans import Scene, read_scene, scene_picture
-from cg3d.scene_scores import SceneQueryConfig, by_description, by_function, by_name, evaluate_scenes, truth
-from cg3d.scenes import ask_scene, contrast_vectors, propose, query_scene
-from cg3d.segments import overlaps
-from cg3d.shapes import furniture
+from cg3d.data.furniture import furniture
+from cg3d.geometry.segmentation import overlaps
+from cg3d.io.scene import Scene, read_scene, scene_picture
+from cg3d.scenes.grounding import ask_scene, contrast_vectors, propose, query_scene
+from cg3d.scenes.scores import SceneQueryConfig, by_description, by_function, by_name, evaluate_scenes, truth
+from cg3d.scenes.synthetic_rooms import RoomSettings, compose_room, look
 
 ROOT = Path(__file__).parent.parent
 COARSE = RoomSettings(floor_things=7, small_things=3, spacing=0.04)
 
 
 @pytest.fixture(scope="module")
-def model(): return cg3d.load("nano")
+def model():
+    return cg3d.load("nano")
 
 
 @pytest.fixture(scope="module")
-def rooms(): return [compose_room(seed, settings=COARSE) for seed in range(3)]
+def rooms():
+    return [compose_room(seed, settings=COARSE) for seed in range(3)]
 
 
 def test_rooms_hold_only_test_shapes_at_their_sizes(rooms):
@@ -38,26 +41,42 @@ def test_rooms_hold_only_test_shapes_at_their_sizes(rooms):
     for room in rooms:
         assert len(room.shapes) == len(room.instances()) and len(set(room.shapes)) == len(room.shapes)
         for number, row in zip(room.instances(), room.shapes):
-            assert np.isclose(np.ptp(room.points[room.instance == number], axis=0)[1], test.table["height"].iloc[row], atol=0.05)
+            assert np.isclose(
+                np.ptp(room.points[room.instance == number], axis=0)[1],
+                test.table["height"].iloc[row],
+                atol=0.05,
+            )
 
 
 def test_a_camera_sees_a_part_and_nothing_else(rooms):
     room = rooms[0]
     seen = look(room, 2, noise=0.0)
     whole = {tuple(point) for point in room.points.round(4).tolist()}
-    assert 100 < len(seen) < len(room) and all(tuple(point) in whole for point in seen.points.round(4).tolist()) and seen.shapes == room.shapes
-    with pytest.raises(ValueError, match="cameras=0 must be at least 1"): look(room, 0)
+    assert (
+        100 < len(seen) < len(room)
+        and all(tuple(point) in whole for point in seen.points.round(4).tolist())
+        and seen.shapes == room.shapes
+    )
+    with pytest.raises(ValueError, match="cameras=0 must be at least 1"):
+        look(room, 0)
 
 
 def test_geometry_finds_most_things(rooms):
-    best = np.concatenate([overlaps(propose(room, "geometry").rows, list(truth(room).values()), len(room)).max(0) for room in rooms])
+    best = np.concatenate(
+        [
+            overlaps(propose(room, "geometry").rows, list(truth(room).values()), len(room)).max(0)
+            for room in rooms
+        ]
+    )
     assert (best >= 0.5).mean() > 0.7, best
 
 
 @pytest.mark.parametrize("how", ["instances", "geometry"])
 def test_rooms_answer_better_than_chance_and_the_largest_object(rooms, model, how):
     table = evaluate_scenes(rooms, model, by_name, [how], progress=False).set_index("method")
-    assert table.loc["cg3d", "top3_25"] > table.loc["chance", "top3_25"] and table.loc["cg3d", "miou"] > max(table.loc["chance", "miou"], table.loc["largest object", "miou"])
+    assert table.loc["cg3d", "top3_25"] > table.loc["chance", "top3_25"] and table.loc["cg3d", "miou"] > max(
+        table.loc["chance", "miou"], table.loc["largest object", "miou"]
+    )
     assert table.loc["cg3d", "mean_class"] > table.loc["chance", "mean_class"]
 
 
@@ -65,28 +84,44 @@ def test_questions_by_use_and_description(rooms):
     test = furniture().select(split="test")
     for room in rooms:
         assert sum(map(len, by_description(room, test).values())) == len(truth(room))
-        for numbers in by_function(room).values(): assert set(numbers) <= set(truth(room))
-    with pytest.raises(ValueError, match="composed room"): by_description(Scene(rooms[0].points, up="y", unit="m"), test)
+        for numbers in by_function(room).values():
+            assert set(numbers) <= set(truth(room))
+    with pytest.raises(ValueError, match="composed room"):
+        by_description(Scene(rooms[0].points, up="y", unit="m"), test)
 
 
 @pytest.mark.parametrize("query,words", [("", "empty"), ("  ", "blank"), ("?!", "holds no word")])
 def test_queries_that_ask_nothing(rooms, model, query, words):
-    with pytest.raises(ValueError, match=words): query_scene(rooms[0], query, model)
+    with pytest.raises(ValueError, match=words):
+        query_scene(rooms[0], query, model)
 
 
 def test_a_query_in_another_script_warns_and_is_answered(rooms, model):
-    with pytest.warns(UserWarning, match="cyrillic"): answer = query_scene(rooms[0], "стул", model, "instances", progress=False)
+    with pytest.warns(UserWarning, match="cyrillic"):
+        answer = query_scene(rooms[0], "стул", model, "instances", progress=False)
     assert len(answer.table) == len(propose(rooms[0], "instances"))
 
 
 def test_several_queries_are_one_table(rooms, model):
-    with pytest.warns(UserWarning, match="cyrillic"): table = ask_scene(rooms[0], ["a chair", "стол"], model, top=2, how="instances", progress=False)
-    assert table["query"].tolist() == ["a chair", "a chair", "стол", "стол"] and table["rank"].tolist() == [1, 2, 1, 2]
+    with pytest.warns(UserWarning, match="cyrillic"):
+        table = ask_scene(rooms[0], ["a chair", "стол"], model, top=2, how="instances", progress=False)
+    assert table["query"].tolist() == ["a chair", "a chair", "стол", "стол"] and table["rank"].tolist() == [
+        1,
+        2,
+        1,
+        2,
+    ]
     alone = query_scene(rooms[0], "a chair", model, "instances", progress=False)
-    assert table["proposal"].tolist()[:2] == alone.table["proposal"].tolist()[:2] and table["points"][0] == alone.mask(1.0).sum()
-    with pytest.raises(ValueError, match="query 1 is empty"): ask_scene(rooms[0], ["a chair", ""], model)
-    with pytest.raises(ValueError, match="the list is empty"): ask_scene(rooms[0], [], model)
-    with pytest.raises(ValueError, match="top=0"): ask_scene(rooms[0], "a chair", model, top=0)
+    assert (
+        table["proposal"].tolist()[:2] == alone.table["proposal"].tolist()[:2]
+        and table["points"][0] == alone.mask(1.0).sum()
+    )
+    with pytest.raises(ValueError, match="query 1 is empty"):
+        ask_scene(rooms[0], ["a chair", ""], model)
+    with pytest.raises(ValueError, match="the list is empty"):
+        ask_scene(rooms[0], [], model)
+    with pytest.raises(ValueError, match="top=0"):
+        ask_scene(rooms[0], "a chair", model, top=0)
 
 
 def test_a_changed_model_asks_anew(rooms):
@@ -95,7 +130,8 @@ def test_a_changed_model_asks_anew(rooms):
     first = query_scene(rooms[0], "a chair", model, "instances", progress=False).table
     assert contrast_vectors(model, ["wall"]) is before
     with torch.no_grad():
-        for weight in model.encoder.parameters(): weight.mul_(0.9)
+        for weight in model.encoder.parameters():
+            weight.mul_(0.9)
     assert contrast_vectors(model, ["wall"]) is not before
     again = query_scene(rooms[0], "a chair", model, "instances", progress=False).table
     assert not np.allclose(again.sort_values("proposal")["score"], first.sort_values("proposal")["score"])
@@ -113,7 +149,7 @@ def test_the_whole_scan_is_the_last_answer(model):
     assert (answer.rows() >= 4000).mean() > 0.9, answer.table
 
 
-def test_millimetres_z_up_and_broken_points_are_reported(rooms, tmp_path):
+def test_millimeters_z_up_and_broken_points_are_reported(rooms, tmp_path):
     room = rooms[0]
     points = 1000 * room.upright[:, [2, 0, 1]]
     points[3] = np.nan
@@ -122,25 +158,42 @@ def test_millimetres_z_up_and_broken_points_are_reported(rooms, tmp_path):
         warnings.simplefilter("always")
         scene = read_scene(tmp_path / "scan.ply")
     words = "\n".join(scene.notes)
-    assert "1 of" in words and "NaN" in words and "millimetres" in words and "found to be z" in words and any("millimetres" in str(one.message) for one in said)
+    assert (
+        "1 of" in words
+        and "NaN" in words
+        and "millimeters" in words
+        and "found to be z" in words
+        and any("millimeters" in str(one.message) for one in said)
+    )
     assert np.isclose(np.ptp(scene.upright[:, 1]), np.ptp(room.upright[:, 1]), atol=0.05)
-    whole = read_scene(tmp_path / "scan.ply", up="y", unit="m") # said beats guessed
+    whole = read_scene(tmp_path / "scan.ply", up="y", unit="m")  # said beats guessed
     assert np.ptp(whole.points, axis=0).max() > 1000
 
 
 def test_a_scannet_folder_is_asked(model, tmp_path):
     "The layout's files, with more vertices than the miniature of the readers' tests."
     small, root = (miniatures.scannet(tmp_path / name) / "scans/scene0000_00" for name in ("small", "large"))
-    with pytest.raises(ValueError, match="no instance has at least 10 points"): propose(read_scene(small), "instances")
+    with pytest.raises(ValueError, match="no instance has at least 10 points"):
+        propose(read_scene(small), "instances")
     assert propose(read_scene(small)).kind[0] != "instance", "too small to be asked: geometry instead"
     boxes = [((4, 3, 0.1), (0, 0, 0)), ((0.5, 0.5, 2), (1, 0.5, 1.1)), ((1, 0.4, 0.4), (-1, 0, 0.3))]
-    parts = [trimesh.creation.box(size).subdivide().subdivide().subdivide().apply_translation(at) for size, at in boxes]
-    for part in parts: part.visual.vertex_colors = [90, 90, 200, 255]
+    parts = [
+        trimesh.creation.box(size).subdivide().subdivide().subdivide().apply_translation(at)
+        for size, at in boxes
+    ]
+    for part in parts:
+        part.visual.vertex_colors = [90, 90, 200, 255]
     trimesh.util.concatenate(parts).export(root / "scene0000_00_vh_clean_2.ply")
     segments = [number for number, part in zip((1, 4, 7), parts) for _ in part.vertices]
-    (root / "scene0000_00_vh_clean_2.0.010000.segs.json").write_text(json.dumps({"sceneId": "scene0000_00", "segIndices": segments}))
+    (root / "scene0000_00_vh_clean_2.0.010000.segs.json").write_text(
+        json.dumps({"sceneId": "scene0000_00", "segIndices": segments})
+    )
     scene = read_scene(root)
-    assert scene.up == "z" and sorted(scene.names.values()) == ["bench", "cabinet"] and [len(rows) for rows in truth(scene).values()] == [len(part.vertices) for part in parts[1:]]
+    assert (
+        scene.up == "z"
+        and sorted(scene.names.values()) == ["bench", "cabinet"]
+        and [len(rows) for rows in truth(scene).values()] == [len(part.vertices) for part in parts[1:]]
+    )
     table = evaluate_scenes([scene], model, how=["instances"], progress=False)
     assert set(table["method"]) == {"cg3d", "largest object", "chance"} and (table["queries"] == 2).all()
 
@@ -150,7 +203,7 @@ def test_a_scene_with_one_object_and_no_floor(model):
     alone = Scene(shape.points * np.float32(0.5), shape.colors, up="y", unit="m")
     answer = query_scene(alone, "a thing", model, progress=False)
     assert len(answer.rows()) > 0.8 * len(alone) and answer.heat.max() > 0
-    dots = Scene(10 * np.random.default_rng(0).random((50, 3)), up="y", unit="m") # nothing holds together
+    dots = Scene(10 * np.random.default_rng(0).random((50, 3)), up="y", unit="m")  # nothing holds together
     assert len(query_scene(dots, "a chair", model, progress=False).table) >= 1
 
 
@@ -161,32 +214,98 @@ def test_a_room_without_floor_and_walls(rooms, model):
     assert len(query_scene(room, "a chair", model, "geometry", progress=False).rows()) < 0.5 * len(room)
 
 
-@pytest.mark.parametrize("points,error,words", [(np.full((20, 3), np.nan), ValueError, "0 usable points|usable points"), (np.ones((20, 3)), ValueError, "all 20 points are equal"), (np.zeros((4, 3)), ValueError, "at least 10"), (np.zeros((20, 2)), ValueError, r"\(N, 3\)")])
+@pytest.mark.parametrize(
+    "points,error,words",
+    [
+        (np.full((20, 3), np.nan), ValueError, "0 usable points|usable points"),
+        (np.ones((20, 3)), ValueError, "all 20 points are equal"),
+        (np.zeros((4, 3)), ValueError, "at least 10"),
+        (np.zeros((20, 2)), ValueError, r"\(N, 3\)"),
+    ],
+)
 def test_scenes_that_are_none(points, error, words):
-    with pytest.raises(error, match=words): Scene(points)
+    with pytest.raises(error, match=words):
+        Scene(points)
 
 
 def test_pictures(rooms, model):
     answer = query_scene(rooms[0], "a chair", model, "instances", progress=False)
     plain, hot = (np.asarray(scene_picture(rooms[0], heat, 120)).astype(int) for heat in (None, answer.heat))
     assert plain.shape == (120, 120, 3) and (plain != hot).any()
-    with pytest.raises(ValueError, match="heat has the shape"): scene_picture(rooms[0], answer.heat[:5])
+    with pytest.raises(ValueError, match="heat has the shape"):
+        scene_picture(rooms[0], answer.heat[:5])
 
 
-@pytest.mark.parametrize("values,words", [({"proposals": "boxes"}, "instances, geometry"), ({"queries": "colours"}, "names, functions, descriptions"), ({"rooms": 0}, "rooms=0"), ({"ask": "a | ."}, "holds no word")])
+@pytest.mark.parametrize(
+    "values,words",
+    [
+        ({"proposals": "boxes"}, "instances, geometry"),
+        ({"queries": "colors"}, "names, functions, descriptions"),
+        ({"rooms": 0}, "rooms=0"),
+        ({"ask": "a | ."}, "holds no word"),
+    ],
+)
 def test_settings_are_checked(values, words):
-    with pytest.raises(ValueError, match=words): SceneQueryConfig(**values)
+    with pytest.raises(ValueError, match=words):
+        SceneQueryConfig(**values)
 
 
 def test_the_job_on_rooms_and_on_a_scan(rooms, tmp_path):
     def job(*parameters):
         env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(ROOT / "nbs/scene_query.ipynb"), str(tmp_path / "out.ipynb"), *map(str, parameters)]
+        command = [
+            sys.executable,
+            "-m",
+            "papermill",
+            "--no-progress-bar",
+            str(ROOT / "nbs/scene_query.ipynb"),
+            str(tmp_path / "out.ipynb"),
+            *map(str, parameters),
+        ]
         return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-    done = job("-p", "rooms", 1, "-p", "views", "partial", "-p", "proposals", "instances", "-p", "queries", "names", "-p", "ask", "a chair", "-p", "out", tmp_path / "rooms")
+
+    done = job(
+        "-p",
+        "rooms",
+        1,
+        "-p",
+        "views",
+        "partial",
+        "-p",
+        "proposals",
+        "instances",
+        "-p",
+        "queries",
+        "names",
+        "-p",
+        "ask",
+        "a chair",
+        "-p",
+        "out",
+        tmp_path / "rooms",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert set(pd.read_csv(tmp_path / "rooms/results.csv")["method"]) == {"cg3d", "largest object", "chance"} and json.loads((tmp_path / "rooms/scene_query.json").read_text())["rooms"] == 1
+    assert (
+        set(pd.read_csv(tmp_path / "rooms/results.csv")["method"]) == {"cg3d", "largest object", "chance"}
+        and json.loads((tmp_path / "rooms/scene_query.json").read_text())["rooms"] == 1
+    )
     np.savez(tmp_path / "scan.npz", points=rooms[0].points, colors=rooms[0].colors)
-    done = job("-p", "scene", tmp_path / "scan.npz", "-p", "up", "y", "-p", "ask", "a chair | a table", "-p", "out", tmp_path / "scan")
+    done = job(
+        "-p",
+        "scene",
+        tmp_path / "scan.npz",
+        "-p",
+        "up",
+        "y",
+        "-p",
+        "ask",
+        "a chair | a table",
+        "-p",
+        "out",
+        tmp_path / "scan",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(pd.read_csv(tmp_path / "scan/answers.csv")) == 6 and (tmp_path / "scan/figures/heat_1.png").stat().st_size > 0
+    assert (
+        len(pd.read_csv(tmp_path / "scan/answers.csv")) == 6
+        and (tmp_path / "scan/figures/heat_1.png").stat().st_size > 0
+    )

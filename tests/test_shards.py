@@ -1,4 +1,5 @@
 """Shapes in shards: exactly once for any number of readers, training bit for bit, many processes through Ray, kill -9."""
+
 import os
 import shutil
 import signal
@@ -10,25 +11,26 @@ import numpy as np
 import pytest
 import torch
 
-from cg3d.backbone import load_backbone
-from cg3d.bulk import embed_source, open_source
-from cg3d.config import TrainConfig
-from cg3d.datasets import check_data, read_dataset
-from cg3d.errors import Cg3dError, DamagedFile, InputError, MissingFile, MissingPackage
-from cg3d.jobs import make_learner, make_triplets, read_data
-from cg3d.many import cluster, embed_many, pack_many
-from cg3d.pack import write_shards
-from cg3d.shapes import furniture, write_collection
-from cg3d.share import from_pretrained, read_embeddings
-from cg3d.shards import read_shards
-from cg3d.streams import Stream, stream_order
+from cg3d.core.errors import Cg3dError, DamagedFile, InputError, MissingFile, MissingPackage
+from cg3d.data.furniture import furniture
+from cg3d.data.registry import check_data, read_dataset
+from cg3d.data.shard_writer import write_shards
+from cg3d.data.shards import read_shards
+from cg3d.io.collection import write_collection
+from cg3d.models.clip_backbone import load_backbone
+from cg3d.pretrained.hub import from_pretrained, read_embeddings
+from cg3d.search.batch_embed import embed_source, open_source
+from cg3d.search.ray import cluster, embed_with_ray, pack_with_ray
+from cg3d.training.config import TrainConfig
+from cg3d.training.pretrain import make_learner, make_triplets, read_data
+from cg3d.zz.streams import Stream, stream_order
 
 pytest.importorskip("webdataset")
 
 
 @pytest.fixture(scope="module")
 def some():
-    return furniture().select(np.arange(790) % 13 == 0) # 61 shapes
+    return furniture().select(np.arange(790) % 13 == 0)  # 61 shapes
 
 
 @pytest.fixture(scope="module")
@@ -42,59 +44,123 @@ def test_every_row_once_for_any_number_of_readers(shards):
     tar = read_shards(shards).packed.tar
     for readers in (1, 2, 3, 7, 16, 100):
         parts = [stream_order(tar, 5, 2, reader, readers, 8) for reader in range(readers)]
-        assert sorted(np.concatenate(parts).tolist()) == list(range(61)) and max(map(len, parts)) - min(map(len, parts)) <= 1
+        assert (
+            sorted(np.concatenate(parts).tolist()) == list(range(61))
+            and max(map(len, parts)) - min(map(len, parts)) <= 1
+        )
     first, second = stream_order(tar, 5, 0, window=16), stream_order(tar, 5, 1, window=16)
     assert (first != second).any() and (first == stream_order(tar, 5, 0, window=16)).all()
 
 
 def test_ranks_with_workers_see_every_shape_once_and_go_on_at_any_batch(shards, tmp_path):
-    triplets, seen, later = make_triplets(read_data(str(shards)), TrainConfig(train_split="train+val+test", weight_3d_image=0, weight_image_text=0), progress=False), [], []
+    triplets, seen, later = (
+        make_triplets(
+            read_data(str(shards)),
+            TrainConfig(train_split="train+val+test", weight_3d_image=0, weight_image_text=0),
+            progress=False,
+        ),
+        [],
+        [],
+    )
     for rank in range(2):
         stream = Stream(triplets, batch_size=5, seed=1, window=10, rank=rank, world=2)
         for kept, done in ((seen, 0), (later, 2)):
             stream.set_epoch(4, done)
-            kept.append([batch["id"] for batch in torch.utils.data.DataLoader(stream, batch_size=None, num_workers=2)])
+            kept.append(
+                [batch["id"] for batch in torch.utils.data.DataLoader(stream, batch_size=None, num_workers=2)]
+            )
     assert sorted(name for rank in seen for ids in rank for name in ids) == sorted(triplets.ids)
-    assert all({tuple(ids) for ids in late} < {tuple(ids) for ids in whole} and len(late) == len(whole) - 4 for late, whole in zip(later, seen))
+    assert all(
+        {tuple(ids) for ids in late} < {tuple(ids) for ids in whole} and len(late) == len(whole) - 4
+        for late, whole in zip(later, seen)
+    )
 
 
 def config_of(data, folder, **more):
-    return TrainConfig(data=str(data), out=str(folder), train_split="train+val+test", limit=24, batch_size=8, epochs=2, points=128, encoder="pointnet", weight_3d_image=0, weight_image_text=0,
-                       visual_prompt="none", device="cpu", precision="fp32", **more)
+    return TrainConfig(
+        data=str(data),
+        out=str(folder),
+        train_split="train+val+test",
+        limit=24,
+        batch_size=8,
+        epochs=2,
+        points=128,
+        encoder="pointnet",
+        weight_3d_image=0,
+        weight_image_text=0,
+        visual_prompt="none",
+        device="cpu",
+        precision="fp32",
+        **more,
+    )
 
 
 def fit(data, folder, **more):
     config = config_of(data, folder, **more)
-    return make_learner(config, folder, make_triplets(read_data(config.data), config, progress=False), progress=False).fit().model.encoder.state_dict()
+    return (
+        make_learner(
+            config, folder, make_triplets(read_data(config.data), config, progress=False), progress=False
+        )
+        .fit()
+        .model.encoder.state_dict()
+    )
 
 
 def test_the_learner_trains_from_a_folder_or_a_url_and_goes_on_bit_for_bit(some, shards, tmp_path):
     write_shards(some, "memory://some/where", per_shard=20, dtype="float32")
     config = config_of(shards, tmp_path)
-    packed, ours = (make_triplets(data, config, progress=False).batch([0, 23, 5], 1) for data in (some, read_data(config.data)))
-    assert (packed["points"] - ours["points"]).abs().max() < 1e-6 and all(packed[key] == ours[key] for key in ("texts", "id", "name"))
+    packed, ours = (
+        make_triplets(data, config, progress=False).batch([0, 23, 5], 1)
+        for data in (some, read_data(config.data))
+    )
+    assert (packed["points"] - ours["points"]).abs().max() < 1e-6 and all(
+        packed[key] == ours[key] for key in ("texts", "id", "name")
+    )
     folder, memory = fit(shards, tmp_path / "a"), fit("memory://some/where", tmp_path / "b")
     assert all(torch.equal(folder[name], memory[name]) for name in folder)
-    shutil.rmtree(max(tmp_path.glob("a/checkpoints/[0-9]*"))) # back to the first epoch
-    assert all(torch.equal(value, folder[name]) for name, value in fit(shards, tmp_path / "a", resume=True).items())
+    shutil.rmtree(max(tmp_path.glob("a/checkpoints/[0-9]*")))  # back to the first epoch
+    assert all(
+        torch.equal(value, folder[name]) for name, value in fit(shards, tmp_path / "a", resume=True).items()
+    )
 
 
 def test_frozen_training_takes_the_features_in_the_shards(some, tmp_path, monkeypatch):
     few, tower = some.select(np.arange(61) < 8), load_backbone("nano")
     write_shards(few, tmp_path / "s", backbone=tower, form="none", per_shard=5, views=2, size=32)
     monkeypatch.setattr(tower, "encode_image", None)
-    config = TrainConfig(data=str(tmp_path / "s"), out=str(tmp_path / "r"), train_split="train+val+test", schedule="frozen", visual_prompt="none", weight_image_text=0, views=2, view_size=32,
-                         batch_size=4, epochs=1, points=128, encoder="pointnet", device="cpu", precision="fp32")
-    learner = make_learner(config, config.out, make_triplets(read_data(config.data), config, progress=False), progress=False)
-    assert learner.data.batch([0, 3])["images"].shape == (2, tower.dim) and np.isfinite(learner.fit().logs["loss"])
-    with pytest.raises(MissingFile, match="features and no pictures"): make_triplets(read_data(config.data), config, progress=False).batch([0])
+    config = TrainConfig(
+        data=str(tmp_path / "s"),
+        out=str(tmp_path / "r"),
+        train_split="train+val+test",
+        schedule="frozen",
+        visual_prompt="none",
+        weight_image_text=0,
+        views=2,
+        view_size=32,
+        batch_size=4,
+        epochs=1,
+        points=128,
+        encoder="pointnet",
+        device="cpu",
+        precision="fp32",
+    )
+    learner = make_learner(
+        config, config.out, make_triplets(read_data(config.data), config, progress=False), progress=False
+    )
+    assert learner.data.batch([0, 3])["images"].shape == (2, tower.dim) and np.isfinite(
+        learner.fit().logs["loss"]
+    )
+    with pytest.raises(MissingFile, match="features and no pictures"):
+        make_triplets(read_data(config.data), config, progress=False).batch([0])
 
 
 def test_shards_in_an_archive(shards, tmp_path):
     whole = read_shards(shards)
     shutil.make_archive(str(tmp_path / "s"), "zip", shards)
     packed = read_shards(f"zip://::file://{tmp_path}/s.zip")
-    assert torch.equal(packed.points([60, 0, 30]), whole.points([60, 0, 30])) and packed.table.equals(whole.table)
+    assert torch.equal(packed.points([60, 0, 30]), whole.points([60, 0, 30])) and packed.table.equals(
+        whole.table
+    )
 
 
 def test_damage_is_told_with_shard_and_sample(some, tmp_path):
@@ -102,19 +168,28 @@ def test_damage_is_told_with_shard_and_sample(some, tmp_path):
     tar, whole = tmp_path / "s" / "shard-000001.tar", (tmp_path / "s" / "shard-000001.tar").read_bytes()
     shards = read_shards(tmp_path / "s")
     at = int(shards.packed.at[4]) + 3000
-    tar.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+    tar.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     read_shards(tmp_path / "s")[3]
-    with pytest.raises(DamagedFile, match=r"shard-000001.tar: sample '.*checksum"): read_shards(tmp_path / "s")[4]
+    with pytest.raises(DamagedFile, match=r"shard-000001.tar: sample '.*checksum"):
+        read_shards(tmp_path / "s")[4]
     tar.write_bytes(whole[:-512])
-    with pytest.raises(DamagedFile, match="shard-000001.tar has"): read_shards(tmp_path / "s")
+    with pytest.raises(DamagedFile, match="shard-000001.tar has"):
+        read_shards(tmp_path / "s")
     tar.unlink()
-    with pytest.raises(MissingFile, match="shard-000001.tar"): read_shards(tmp_path / "s")
+    with pytest.raises(MissingFile, match="shard-000001.tar"):
+        read_shards(tmp_path / "s")
     tar.write_bytes(whole)
     for file in ("index.parquet", "manifest.json"):
         good = (tmp_path / "s" / file).read_bytes()
-        for bad in (b"", good[:-20], b"[" * 50_000, b'{"shards": [{"file": "../../etc/passwd"}], "index": {}}'):
+        for bad in (
+            b"",
+            good[:-20],
+            b"[" * 50_000,
+            b'{"shards": [{"file": "../../etc/passwd"}], "index": {}}',
+        ):
             (tmp_path / "s" / file).write_bytes(bad)
-            with pytest.raises(Cg3dError): read_shards(tmp_path / "s")
+            with pytest.raises(Cg3dError):
+                read_shards(tmp_path / "s")
         (tmp_path / "s" / file).write_bytes(good)
     read_shards(tmp_path / "s")
 
@@ -124,28 +199,50 @@ def test_a_published_set_travels_with_its_labels_and_pictures(tmp_path):
     published = read_dataset(tmp_path / "raw")
     write_shards(published, tmp_path / "s", per_shard=3, points=published.count, views=3, size=32)
     again = read_dataset(tmp_path / "s")
-    assert check_data(tmp_path / "s").ok and again.labels == published.labels and again.table["id"].tolist() == published.table["id"].tolist() and "file" not in again.table
+    assert (
+        check_data(tmp_path / "s").ok
+        and again.labels == published.labels
+        and again.table["id"].tolist() == published.table["id"].tolist()
+        and "file" not in again.table
+    )
     assert (again.points([0, 1]) - published.points([0, 1])).abs().max() < 1e-3
     assert (again.views(3, 32)[[0, 1], [2, 1]] - published.views(3, 32)[[0, 1], [2, 1]]).abs().max() < 1 / 255
 
 
 def test_a_broken_file_costs_a_line_in_the_manifest(some, tmp_path):
     (tmp_path / "raw").mkdir()
-    for i in range(3): np.save(tmp_path / "raw" / f"{i}.npy", some[i].points)
+    for i in range(3):
+        np.save(tmp_path / "raw" / f"{i}.npy", some[i].points)
     (tmp_path / "raw" / "1.npy").write_text("no array")
     shards = write_shards(open_source(tmp_path / "raw"), tmp_path / "s", per_shard=2)
-    assert shards.table["id"].tolist() == ["0.npy", "2.npy"] and [name for name, _ in shards.manifest["problems"]] == ["1.npy"] and "path" not in shards.table
-    assert (shards[1].cloud(2048)[:, :3] - some[2].cloud(2048)[:, :3]).abs().max() < 1e-3 and shards[1].colors is None and shards.words(1)["colours"] == []
-    for i in (0, 2): (tmp_path / "raw" / f"{i}.npy").write_text("no array")
-    with pytest.raises(InputError, match="none of the 3 shapes"): write_shards(open_source(tmp_path / "raw"), tmp_path / "t")
+    assert (
+        shards.table["id"].tolist() == ["0.npy", "2.npy"]
+        and [name for name, _ in shards.manifest["problems"]] == ["1.npy"]
+        and "path" not in shards.table
+    )
+    assert (
+        (shards[1].cloud(2048)[:, :3] - some[2].cloud(2048)[:, :3]).abs().max() < 1e-3
+        and shards[1].colors is None
+        and shards.words(1)["colors"] == []
+    )
+    for i in (0, 2):
+        (tmp_path / "raw" / f"{i}.npy").write_text("no array")
+    with pytest.raises(InputError, match="none of the 3 shapes"):
+        write_shards(open_source(tmp_path / "raw"), tmp_path / "t")
     assert not list((tmp_path / "t").iterdir())
 
 
 def ours(pid):
     "Processes below this one"
-    table = [line.split() for line in subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout.splitlines()[1:]]
+    table = [
+        line.split()
+        for line in subprocess.run(
+            ["ps", "-eo", "pid,ppid"], capture_output=True, text=True
+        ).stdout.splitlines()[1:]
+    ]
     below = {str(pid)}
-    while more := {child for child, parent in table if parent in below} - below: below |= more
+    while more := {child for child, parent in table if parent in below} - below:
+        below |= more
     return below - {str(pid)}
 
 
@@ -165,16 +262,30 @@ embed_many(open_source(sys.argv[1] + "/some"), from_pretrained("nano"), sys.argv
 def test_many_processes_killed_and_started_again_have_every_shape_once(some, tmp_path):
     pytest.importorskip("ray")
     write_collection(tmp_path / "some", some)
-    child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | {"RAY_USAGE_STATS_ENABLED": "1"})
-    child.stdout.readline() # two pieces are done: it stands still
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"RAY_USAGE_STATS_ENABLED": "1"},
+    )
+    child.stdout.readline()  # two pieces are done: it stands still
     family = ours(child.pid)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL and not (tmp_path / "e.parquet").exists() and family
     source, model, done = open_source(f"{tmp_path}/some"), from_pretrained("nano"), []
     with cluster(2) as ray:
         assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
-        report = embed_many(source, model, tmp_path / "e.parquet", name="nano", batch_size=2, settings={"up": ""}, step=done.append)
-        pack_many(some, tmp_path / "many", per_shard=16, views=1, size=16)
+        report = embed_with_ray(
+            source,
+            model,
+            tmp_path / "e.parquet",
+            name="nano",
+            batch_size=2,
+            settings={"up": ""},
+            step=done.append,
+        )
+        pack_with_ray(some, tmp_path / "many", per_shard=16, views=1, size=16)
     assert not ray.is_initialized()
     serial = embed_source(source, model, tmp_path / "serial.parquet", name="nano", batch_size=2)
     many = read_embeddings(tmp_path / "e.parquet")
@@ -182,13 +293,23 @@ def test_many_processes_killed_and_started_again_have_every_shape_once(some, tmp
     assert many.table["id"].tolist() == serial.embeddings.table["id"].tolist() == source.table["id"].tolist()
     assert np.abs(many.matrix - serial.embeddings.matrix).max() < 1e-6
     write_shards(some, tmp_path / "one", per_shard=16, views=1, size=16)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()} == {path.name: path.read_bytes() for path in (tmp_path / "many").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "many").iterdir()
+    }
     left = {pid: open(f"/proc/{pid}/cmdline").read() for pid in family if os.path.exists(f"/proc/{pid}")}
     for pid, command in left.items():
-        if command.startswith("ray::"): os.kill(int(pid), signal.SIGKILL) # Ray's own agents may outlive a kill -9; nothing that works does
-    assert not [command for command in left.values() if "raylet/raylet" in command or "gcs_server" in command or "Worker" in command]
+        if command.startswith("ray::"):
+            os.kill(
+                int(pid), signal.SIGKILL
+            )  # Ray's own agents may outlive a kill -9; nothing that works does
+    assert not [
+        command
+        for command in left.values()
+        if "raylet/raylet" in command or "gcs_server" in command or "Worker" in command
+    ]
 
 
 def test_without_ray_it_is_said_what_to_install(some, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(MissingPackage, match=r"pip install 'cg3d\[scale\]'"): pack_many(some, tmp_path / "s")
+    with pytest.raises(MissingPackage, match=r"pip install 'cg3d\[scale\]'"):
+        pack_with_ray(some, tmp_path / "s")

@@ -1,4 +1,5 @@
 """The widgets without a browser: what typing, clicking and uploading call, and what they answer to bad input."""
+
 import re
 import time
 
@@ -8,18 +9,20 @@ import pytest
 import trimesh
 from nbconvert.preprocessors import ExecutePreprocessor
 
-from cg3d.model import load
-from cg3d.rooms import RoomSettings, compose_room
-from cg3d.scans import Scene
-from cg3d.widgets import AskTheRoom, ClassifyMyShape, Explorer, RunMonitor
+from cg3d.io.scene import Scene
+from cg3d.models.cg3d import load
+from cg3d.scenes.synthetic_rooms import RoomSettings, compose_room
+from cg3d.viz.widgets import AskTheRoom, ClassifyMyShape, Explorer, RunMonitor
 
 
 @pytest.fixture(scope="module")
-def model(): return load("nano")
+def model():
+    return load("nano")
 
 
 @pytest.fixture(scope="module")
-def explorer(model): return Explorer(model, limit=12)
+def explorer(model):
+    return Explorer(model, limit=12)
 
 
 def words(widget) -> str:
@@ -36,13 +39,17 @@ def said(panel) -> str:
 
 def send(upload, name: str, data: bytes, announced: int | None = None, pieces: int = 3) -> None:
     """A file as the browser sends it."""
-    upload._hear(upload, dict(kind="start", name=name, size=len(data) if announced is None else announced), [])
+    upload._hear(
+        upload, dict(kind="start", name=name, size=len(data) if announced is None else announced), []
+    )
     step = max(1, -(-len(data) // pieces))
-    for start in range(0, len(data), step): upload._hear(upload, dict(kind="piece"), [memoryview(data[start:start + step])])
+    for start in range(0, len(data), step):
+        upload._hear(upload, dict(kind="piece"), [memoryview(data[start : start + step])])
     upload._hear(upload, dict(kind="end"), [])
 
 
 # ------------------------------------------------------------------ Explorer
+
 
 def test_explorer_answers_a_question_with_the_nearest_of_each_kind(explorer, model):
     explorer.question.value = "a wooden chair"
@@ -50,22 +57,31 @@ def test_explorer_answers_a_question_with_the_nearest_of_each_kind(explorer, mod
     cosine = explorer.vectors @ model.embed_text(["a wooden chair"])[0].cpu()
     for kind, part in explorer.nearest.groupby("kind"):
         rows = [row for row, word in enumerate(explorer.kinds) if word == kind]
-        expected = sorted(rows, key=lambda row: -cosine[row])[:explorer.top]
+        expected = sorted(rows, key=lambda row: -cosine[row])[: explorer.top]
         assert part["row"].tolist() == expected
         np.testing.assert_allclose(part["cosine"], cosine[expected], atol=1e-6)
     assert explorer.cloud.label == explorer.shapes[explorer.selected].name and len(explorer.map.query) == 2
-    for heading in ("nearest texts", "nearest images", "nearest shapes"): assert heading in words(explorer.lists)
+    for heading in ("nearest texts", "nearest images", "nearest shapes"):
+        assert heading in words(explorer.lists)
     assert explorer.lists.value.count("<img") == 2 * explorer.top, "a picture for every shape and image"
 
 
-def test_a_click_on_the_map_shows_that_shape_and_not_itself_among_its_neighbours(explorer):
+def test_a_click_on_the_map_shows_that_shape_and_not_itself_among_its_neighbors(explorer):
     explorer.question.value = "a wooden chair"
     before, asked = explorer.cloud.xyz, words(explorer.lists)
     row = next(row for row in range(12) if row != explorer.selected)
     explorer.map.selected = row
-    assert explorer.selected == row and explorer.cloud.label == explorer.shapes[row].name and explorer.cloud.xyz != before
-    assert words(explorer.lists) != asked and row not in explorer.nearest["row"].tolist() and explorer.map.query == []
-    explorer.map.selected = 12 + row # its picture
+    assert (
+        explorer.selected == row
+        and explorer.cloud.label == explorer.shapes[row].name
+        and explorer.cloud.xyz != before
+    )
+    assert (
+        words(explorer.lists) != asked
+        and row not in explorer.nearest["row"].tolist()
+        and explorer.map.query == []
+    )
+    explorer.map.selected = 12 + row  # its picture
     assert explorer.selected == row
     explorer.map.selected = explorer.kinds.index("text")
     assert not explorer.problem and "text" in said(explorer)
@@ -84,42 +100,66 @@ def test_an_empty_or_strange_question_leaves_the_last_answer(explorer):
         assert explorer.problem and "empty" in said(explorer) and explorer.lists.value == kept
     explorer.select(10_000)
     assert explorer.problem and "10000" in said(explorer)
-    explorer.search("<script>alert(1)</script> " + "word " * 300) # long, and what a browser must not run
+    explorer.search("<script>alert(1)</script> " + "word " * 300)  # long, and what a browser must not run
     assert "<script>" not in explorer.status.value and "<script>" not in explorer.lists.value
 
 
 def test_explorer_needs_three_shapes(model):
-    with pytest.raises(ValueError, match="at least three"): Explorer(model, limit=2)
+    with pytest.raises(ValueError, match="at least three"):
+        Explorer(model, limit=2)
 
 
 # ------------------------------------------------------------------ Classify my shape
 
+
 @pytest.fixture
-def mine(model): return ClassifyMyShape(model, labels=["box", "ball", "spoon"], limit_mb=1)
+def mine(model):
+    return ClassifyMyShape(model, labels=["box", "ball", "spoon"], limit_mb=1)
 
 
 @pytest.fixture(scope="module")
-def box() -> bytes: return trimesh.creation.box((1, 2, 1)).export(file_type="glb")
+def box() -> bytes:
+    return trimesh.creation.box((1, 2, 1)).export(file_type="glb")
 
 
 def test_an_upload_in_pieces_is_read_and_named(mine, model, box):
     send(mine.upload, "my box.glb", box)
-    assert not mine.problem and said(mine).startswith("my box: ") and mine.cloud.label == "my box" and len(mine.cloud.xyz) > 0
+    assert (
+        not mine.problem
+        and said(mine).startswith("my box: ")
+        and mine.cloud.label == "my box"
+        and len(mine.cloud.xyz) > 0
+    )
     expected = model.classify(mine.shape, ["box", "ball", "spoon"])
     assert mine.answers["label"].tolist() == expected["label"].tolist()
     np.testing.assert_allclose(mine.answers["probability"], expected["probability"], atol=1e-6)
-    assert f"{100 * expected['probability'].iloc[0]:.1f} %" in words(mine.bars) and mine.answers["probability"].sum() == pytest.approx(1, abs=1e-4)
+    assert f"{100 * expected['probability'].iloc[0]:.1f} %" in words(mine.bars) and mine.answers[
+        "probability"
+    ].sum() == pytest.approx(1, abs=1e-4)
 
 
 def test_edited_labels_change_the_bars_without_a_second_upload(mine, box):
     send(mine.upload, "box.glb", box)
     shape, before = mine.shape, mine.bars.value
     mine.labels.value = "chair\n\n  box  \n\n"
-    assert mine.shape is shape and mine.bars.value != before and sorted(mine.answers["label"]) == ["box", "chair"] and "blank" in said(mine)
+    assert (
+        mine.shape is shape
+        and mine.bars.value != before
+        and sorted(mine.answers["label"]) == ["box", "chair"]
+        and "blank" in said(mine)
+    )
 
 
-@pytest.mark.parametrize("labels, line", [("box\nball\nbox", "label 'box' stands there 2 times"), (" box\nbox ", "label 'box' stands there 2 times"),
-                                          ("box", "at least two labels"), ("", "at least two labels"), ("\n \n", "at least two labels")])
+@pytest.mark.parametrize(
+    "labels, line",
+    [
+        ("box\nball\nbox", "label 'box' stands there 2 times"),
+        (" box\nbox ", "label 'box' stands there 2 times"),
+        ("box", "at least two labels"),
+        ("", "at least two labels"),
+        ("\n \n", "at least two labels"),
+    ],
+)
 def test_bad_labels_are_a_clear_line_and_the_last_bars_stay(mine, box, labels, line):
     send(mine.upload, "box.glb", box)
     kept = mine.bars.value
@@ -129,15 +169,18 @@ def test_bad_labels_are_a_clear_line_and_the_last_bars_stay(mine, box, labels, l
     assert not mine.problem, "and the next good labels work"
 
 
-@pytest.mark.parametrize("name, data, line", [
-    ("letter.glb", b"I am a letter, not a mesh", "letter.glb: cannot be read"),
-    ("empty.ply", b"", "empty.ply is empty"),
-    ("chair.blend", b"BLENDER", "chair.blend: unknown suffix '.blend'"),
-    ("noname", b"x", "noname: unknown suffix"),
-    ("broken.obj", b"v 0 0 nan\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "broken.obj"),
-    ("faces.stl", b"solid \x00\xff\xfe nothing", "faces.stl"),
-    ("../../etc/passwd.glb", b"root", "passwd.glb: cannot be read"),
-])
+@pytest.mark.parametrize(
+    "name, data, line",
+    [
+        ("letter.glb", b"I am a letter, not a mesh", "letter.glb: cannot be read"),
+        ("empty.ply", b"", "empty.ply is empty"),
+        ("chair.blend", b"BLENDER", "chair.blend: unknown suffix '.blend'"),
+        ("noname", b"x", "noname: unknown suffix"),
+        ("broken.obj", b"v 0 0 nan\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "broken.obj"),
+        ("faces.stl", b"solid \x00\xff\xfe nothing", "faces.stl"),
+        ("../../etc/passwd.glb", b"root", "passwd.glb: cannot be read"),
+    ],
+)
 def test_bad_files_are_a_clear_line_and_the_last_shape_stays(mine, box, name, data, line):
     send(mine.upload, "box.glb", box)
     shape, bars = mine.shape, mine.bars.value
@@ -158,7 +201,7 @@ def test_a_200_mb_upload_is_refused_before_it_is_sent(mine):
     assert mine.problem and "more than" in said(mine)
     send(mine.upload, "short.ply", bytes(100), announced=1000)
     assert mine.problem and "100 of 1,000 bytes" in said(mine)
-    mine.receive("big.ply", bytes(1_500_000)) # past the upload box
+    mine.receive("big.ply", bytes(1_500_000))  # past the upload box
     assert mine.problem and "limit is 1 MB" in said(mine)
 
 
@@ -172,23 +215,32 @@ def test_the_up_axis_can_be_said_after_the_upload(mine):
 
 # ------------------------------------------------------------------ Ask the room
 
+
 def test_the_room_lights_up_where_the_answer_is(model):
     room = compose_room(1005, settings=RoomSettings(floor_things=4, small_things=1, spacing=0.05))
     asking = AskTheRoom(room, model)
     plain = asking.cloud.rgb
     asking.question.value = "something to sit on"
-    assert not asking.problem and "something to sit on" in said(asking) and asking.cloud.label == "something to sit on"
-    colours = np.frombuffer(asking.cloud.rgb, np.uint8).reshape(-1, 3)
-    assert asking.cloud.rgb != plain and len(np.unique(colours, axis=0)) >= 3 and len(colours) == min(asking.limit, len(room))
+    assert (
+        not asking.problem
+        and "something to sit on" in said(asking)
+        and asking.cloud.label == "something to sit on"
+    )
+    colors = np.frombuffer(asking.cloud.rgb, np.uint8).reshape(-1, 3)
+    assert (
+        asking.cloud.rgb != plain
+        and len(np.unique(colors, axis=0)) >= 3
+        and len(colors) == min(asking.limit, len(room))
+    )
     kept = asking.cloud.rgb
     for question in ("", "?!"):
         asking.ask(question)
         assert asking.problem and said(asking) and asking.cloud.rgb == kept
-    asking.show_colours()
+    asking.show_colors()
     assert asking.cloud.rgb == plain and not asking.problem
 
 
-def test_a_scan_without_colours_or_with_z_up_is_asked_too(model):
+def test_a_scan_without_colors_or_with_z_up_is_asked_too(model):
     generator = np.random.default_rng(0)
     floor = np.c_[generator.uniform(0, 3, (1500, 2)), np.zeros(1500)]
     thing = np.c_[generator.uniform(1, 1.6, (600, 2)), generator.uniform(0.02, 0.8, 600)]
@@ -200,9 +252,11 @@ def test_a_scan_without_colours_or_with_z_up_is_asked_too(model):
 
 # ------------------------------------------------------------------ Run monitor
 
+
 def until(true, seconds: float = 20) -> None:
     end = time.time() + seconds
-    while not true() and time.time() < end: time.sleep(0.05)
+    while not true() and time.time() < end:
+        time.sleep(0.05)
     assert true()
 
 
@@ -216,19 +270,21 @@ def test_the_monitor_follows_a_table_that_grows(tmp_path):
             until(lambda: len(monitor.table) == 2)
             first = bytes(monitor.picture.value)
             assert first.startswith(b"\x89PNG") and "epoch 2, loss 3" in monitor.message
-            file.write("3,2."), file.flush() # half a row
+            file.write("3,2."), file.flush()  # half a row
             time.sleep(0.3)
             assert len(monitor.table) == 2 and not monitor.problem
             file.write("5,1,2\n"), file.flush()
             until(lambda: len(monitor.table) == 3)
         assert monitor.table["loss"].tolist() == [3.5, 3.0, 2.5] and bytes(monitor.picture.value) != first
         monitor.button.value = False
-        with (tmp_path / "run" / "metrics.csv").open("a") as file: file.write("4,2.0,1,2\n")
+        with (tmp_path / "run" / "metrics.csv").open("a") as file:
+            file.write("4,2.0,1,2\n")
         time.sleep(0.3)
         assert len(monitor.table) == 3, "stopped"
         monitor.button.value = True
         until(lambda: len(monitor.table) == 4)
-    finally: monitor.stop()
+    finally:
+        monitor.stop()
 
 
 def test_a_table_without_epochs_or_columns_is_one_line(tmp_path):
@@ -239,21 +295,32 @@ def test_a_table_without_epochs_or_columns_is_one_line(tmp_path):
     path.write_text("when,what\n1,2\n2,3\n")
     monitor.refresh()
     assert monitor.problem and "no column" in monitor.message and "\n" not in monitor.message
-    with pytest.raises(ValueError, match="every=0"): RunMonitor(path, every=0)
+    with pytest.raises(ValueError, match="every=0"):
+        RunMonitor(path, every=0)
 
 
 # ------------------------------------------------------------------ what a notebook keeps
 
+
 def test_a_notebook_with_all_four_stays_under_200_kb(tmp_path):
-    cells = ["from cg3d.widgets import AskTheRoom, ClassifyMyShape, Explorer, RunMonitor\nfrom cg3d.model import load\nfrom cg3d.rooms import compose_room\nimport trimesh\nfrom IPython.display import display\nmodel = load('nano')",
-             "explorer = Explorer(model, limit=40); explorer.search('a wooden chair'); explorer.map.hovered = 2; display(explorer)",
-             "mine = ClassifyMyShape(model); mine.receive('box.glb', trimesh.creation.box((1, 2, 1)).export(file_type='glb')); display(mine)",
-             "asking = AskTheRoom(compose_room(1)); asking.ask('a chair'); display(asking)",
-             "open('metrics.csv', 'w').write('epoch,loss\\n1,3\\n2,2\\n'); monitor = RunMonitor('metrics.csv', follow=False); display(monitor)",
-             "assert not any(panel.problem for panel in (explorer, mine, asking, monitor)), [panel.message for panel in (explorer, mine, asking, monitor)]"]
+    cells = [
+        "from cg3d.viz.widgets import AskTheRoom, ClassifyMyShape, Explorer, RunMonitor\nfrom cg3d.models.cg3d import load\nfrom cg3d.scenes.synthetic_rooms import compose_room\nimport trimesh\nfrom IPython.display import display\nmodel = load('nano')",
+        "explorer = Explorer(model, limit=40); explorer.search('a wooden chair'); explorer.map.hovered = 2; display(explorer)",
+        "mine = ClassifyMyShape(model); mine.receive('box.glb', trimesh.creation.box((1, 2, 1)).export(file_type='glb')); display(mine)",
+        "asking = AskTheRoom(compose_room(1)); asking.ask('a chair'); display(asking)",
+        "open('metrics.csv', 'w').write('epoch,loss\\n1,3\\n2,2\\n'); monitor = RunMonitor('metrics.csv', follow=False); display(monitor)",
+        "assert not any(panel.problem for panel in (explorer, mine, asking, monitor)), [panel.message for panel in (explorer, mine, asking, monitor)]",
+    ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    ExecutePreprocessor(timeout=300, kernel_name="python3", resources=dict(metadata=dict(path=str(tmp_path)))).preprocess(notebook, dict(metadata=dict(path=str(tmp_path))))
+    ExecutePreprocessor(
+        timeout=300, kernel_name="python3", resources=dict(metadata=dict(path=str(tmp_path)))
+    ).preprocess(notebook, dict(metadata=dict(path=str(tmp_path))))
     nbformat.write(notebook, tmp_path / "four.ipynb")
-    views = [output["data"] for cell in notebook.cells for output in cell.outputs if output.output_type == "display_data"]
+    views = [
+        output["data"]
+        for cell in notebook.cells
+        for output in cell.outputs
+        if output.output_type == "display_data"
+    ]
     assert sum("application/vnd.jupyter.widget-view+json" in data for data in views) == 4
     assert (tmp_path / "four.ipynb").stat().st_size < 200_000, (tmp_path / "four.ipynb").stat().st_size

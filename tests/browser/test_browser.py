@@ -1,6 +1,7 @@
 """The tutorial with the widgets in a real JupyterLab, driven by headless Chromium through Playwright.
 
 Skipped, with the reason, where Chromium or Playwright is missing. Screenshots go to $CG3D_SHOTS, or to pytest's own folder."""
+
 import os
 import re
 import shutil
@@ -15,12 +16,17 @@ import pytest
 import trimesh
 
 ROOT = Path(__file__).parent.parent.parent
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
+    None,
+)
 TUTORIAL = "09_hands_on.ipynb"
 
 pytest.importorskip("playwright", reason="Playwright is not installed: pip install playwright")
 pytest.importorskip("jupyterlab", reason="JupyterLab is not installed: pip install 'cg3d[notebooks]'")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,27 +44,49 @@ def lab(tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])), "OMP_NUM_THREADS": "1", "JUPYTER_CONFIG_DIR": str(folder / "config")}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}",
-               "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "OMP_NUM_THREADS": "1",
+        "JUPYTER_CONFIG_DIR": str(folder / "config"),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        f"--port={port}",
+        "--ServerApp.port_retries=0",
+        "--IdentityProvider.token=",
+        f"--ServerApp.root_dir={folder}",
+        "--LabApp.news_url=None",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+    ]
     with open(folder / "lab.log", "w") as log:
         server = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
         try:
             for _ in range(240):
-                try: urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=2); break
-                except OSError: time.sleep(0.5)
-            else: pytest.fail((folder / "lab.log").read_text()[-2000:])
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=2)
+                    break
+                except OSError:
+                    time.sleep(0.5)
+            else:
+                pytest.fail((folder / "lab.log").read_text()[-2000:])
             yield f"http://127.0.0.1:{port}/lab/tree/{TUTORIAL}?reset"
         finally:
             server.terminate()
-            try: server.wait(20)
-            except subprocess.TimeoutExpired: server.kill()
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                server.kill()
 
 
 @pytest.fixture(scope="module")
 def page(lab):
     """The tutorial, run from top to bottom."""
     from playwright.sync_api import expect, sync_playwright
+
     expect.set_options(timeout=60_000)
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
@@ -69,8 +97,11 @@ def page(lab):
         page.wait_for_timeout(2000)
         page.get_by_text("Run", exact=True).click()
         page.get_by_text("Run All Cells", exact=True).click()
-        expect(page.locator(".jp-Notebook .jp-CodeCell .jp-InputPrompt").last).to_have_text(re.compile(r"\[\d+\]:"), timeout=240_000)
-        if page.get_by_text("Open privacy policy").count(): page.get_by_role("button", name="No", exact=True).click() # no news from Jupyter
+        expect(page.locator(".jp-Notebook .jp-CodeCell .jp-InputPrompt").last).to_have_text(
+            re.compile(r"\[\d+\]:"), timeout=240_000
+        )
+        if page.get_by_text("Open privacy policy").count():
+            page.get_by_role("button", name="No", exact=True).click()  # no news from Jupyter
         yield page
         browser.close()
 
@@ -82,10 +113,11 @@ def status(page, cell: str):
 
 def test_a_typed_question_and_a_click_change_what_is_shown(page, shots):
     from playwright.sync_api import expect
+
     line = status(page, "explorer = Explorer(")
     question = page.locator("input[placeholder='a round table']")
     question.scroll_into_view_if_needed()
-    expect(line).to_contain_text("a wooden chair") # what the next cell asked
+    expect(line).to_contain_text("a wooden chair")  # what the next cell asked
     question.fill("a bottle")
     question.press("Enter")
     expect(line).to_contain_text("“a bottle”: shown is")
@@ -99,20 +131,27 @@ def test_a_typed_question_and_a_click_change_what_is_shown(page, shots):
     page.keyboard.press("ArrowLeft")
     page.wait_for_timeout(800)
     page.screenshot(path=shots / "2_keyboard.png")
-    page.keyboard.press("Enter") # chooses by keyboard
+    page.keyboard.press("Enter")  # chooses by keyboard
     expect(line).not_to_have_text(asked)
     by_key = line.inner_text()
 
     area, clicked = places.bounding_box(), False
-    for dx in range(40, int(area["width"]), 12): # walk the pointer until another mark is under it, then click
+    for dx in range(
+        40, int(area["width"]), 12
+    ):  # walk the pointer until another mark is under it, then click
         for dy in range(40, int(area["height"]), 12):
             places.hover(position=dict(x=dx, y=dy))
             label = places.get_attribute("aria-label")
-            if "Enter chooses it" in label and "marks;" in label and label.split("; ")[1].split(" ·")[0] not in by_key:
+            if (
+                "Enter chooses it" in label
+                and "marks;" in label
+                and label.split("; ")[1].split(" ·")[0] not in by_key
+            ):
                 places.click(position=dict(x=dx, y=dy))
                 clicked = True
                 break
-        if clicked: break
+        if clicked:
+            break
     assert clicked, "no mark under the pointer anywhere on the map"
     expect(line).not_to_have_text(by_key)
     page.wait_for_timeout(800)
@@ -122,11 +161,19 @@ def test_a_typed_question_and_a_click_change_what_is_shown(page, shots):
 
 def test_an_upload_is_named_and_bad_ones_are_refused(page, shots, tmp_path):
     from playwright.sync_api import expect
-    parts = [trimesh.creation.box(size, trimesh.transformations.translation_matrix(at)) for size, at in
-             [((0.45, 0.06, 0.45), (0, 0.47, 0)), ((0.45, 0.48, 0.05), (0, 0.74, -0.2)), *(((0.05, 0.44, 0.05), (x, 0.22, z)) for x in (-0.19, 0.19) for z in (-0.19, 0.19))]]
+
+    parts = [
+        trimesh.creation.box(size, trimesh.transformations.translation_matrix(at))
+        for size, at in [
+            ((0.45, 0.06, 0.45), (0, 0.47, 0)),
+            ((0.45, 0.48, 0.05), (0, 0.74, -0.2)),
+            *(((0.05, 0.44, 0.05), (x, 0.22, z)) for x in (-0.19, 0.19) for z in (-0.19, 0.19)),
+        ]
+    ]
     trimesh.util.concatenate(parts).export(tmp_path / "my_chair.glb")
     (tmp_path / "letter.glb").write_text("I am a letter")
-    with (tmp_path / "huge.ply").open("wb") as file: file.truncate(200_000_000)
+    with (tmp_path / "huge.ply").open("wb") as file:
+        file.truncate(200_000_000)
     line, upload = status(page, "mine = ClassifyMyShape("), page.locator(".cg3d-upload input[type=file]")
     upload.scroll_into_view_if_needed()
     expect(line).to_contain_text("Choose a file")
@@ -141,7 +188,10 @@ def test_an_upload_is_named_and_bad_ones_are_refused(page, shots, tmp_path):
     assert bars.inner_text() != first
     page.screenshot(path=shots / "4_upload.png")
     kept = bars.inner_text()
-    for name, words in (("letter.glb", "letter.glb: cannot be read"), ("huge.ply", "huge.ply has 200 MB; the limit is 50 MB")):
+    for name, words in (
+        ("letter.glb", "letter.glb: cannot be read"),
+        ("huge.ply", "huge.ply has 200 MB; the limit is 50 MB"),
+    ):
         upload.set_input_files(tmp_path / name)
         expect(line).to_contain_text(words)
         assert bars.inner_text() == kept, "the last answer stays"
@@ -154,7 +204,11 @@ def test_an_upload_is_named_and_bad_ones_are_refused(page, shots, tmp_path):
 
 def test_the_room_lights_up(page, shots):
     from playwright.sync_api import expect
-    line, question = status(page, "asking = AskTheRoom("), page.locator("input[placeholder='something to sit on']")
+
+    line, question = (
+        status(page, "asking = AskTheRoom("),
+        page.locator("input[placeholder='something to sit on']"),
+    )
     question.scroll_into_view_if_needed()
     cloud = page.locator(".jp-CodeCell", has_text="asking = AskTheRoom(").locator("canvas.cg3d-cloud")
     before = cloud.evaluate("c => c.toDataURL()")
@@ -173,13 +227,16 @@ def test_the_room_lights_up(page, shots):
 
 def test_the_run_monitor_follows_a_file(page, shots):
     from playwright.sync_api import expect
+
     line = status(page, "monitor = RunMonitor(")
     line.scroll_into_view_if_needed()
     expect(line).to_contain_text("epoch 8")
     cell = page.locator(".jp-CodeCell").last
     cell.locator(".cm-content").click()
     page.keyboard.press("Control+A")
-    page.keyboard.insert_text("monitor.button.value = True\nwith (run / 'metrics.csv').open('a') as file: _ = file.write('9,1.5,1.0,0.5\\n')")
+    page.keyboard.insert_text(
+        "monitor.button.value = True\nwith (run / 'metrics.csv').open('a') as file: _ = file.write('9,1.5,1.0,0.5\\n')"
+    )
     page.keyboard.press("Control+Enter")
     expect(line).to_contain_text("epoch 9, loss 1.5")
     page.screenshot(path=shots / "7_monitor.png")
