@@ -1,12 +1,12 @@
 # Two commands do everything on a machine with Python 3.10-3.13, git and make:
-#   make train   set up, then CG3D's pre-training on the embedded set
-#   make test    set up, then the whole gate: export and clean leave no diff, notebooks, pytest
+#   make train   set up, then CG3D's pre-training on the bundled set
+#   make test    set up, then the whole gate: sources and generated code agree, formatting, import direction, notebooks, pytest
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: env train test check data lock audit clean
+.PHONY: env train test check style data lock audit clean
 
 env: $(BIN)/.ready
 
@@ -20,19 +20,24 @@ $(BIN)/.ready: settings.ini setup.py
 train: env
 	mkdir -p runs
 	$(BIN)/papermill nbs/train.ipynb runs/train.ipynb -f recipes/quick.yaml
-	@echo "The executed notebook is runs/train.ipynb; results, pictures and the checkpoint are in runs/quick."
+	@echo "The executed notebook is runs/train.ipynb; results, figures and the checkpoint are in runs/quick."
 
 check: env
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	git diff --exit-code -- nbs cg3d
 
-test: check
+style: env
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/lint-imports
+
+test: check style
 	cd nbs && ../$(BIN)/nbdev_test --path . --file_re '^[0-9]' --n_workers 2 --pause 0.5 --timing
 	$(BIN)/python -m pytest tests -q
 
 data: env
-	$(BIN)/python -m cg3d.zz.build_furniture --out data
+	$(BIN)/python recipes/nano/build_furniture.py --out data
 
 lock: env
 	$(BIN)/uv pip compile --quiet --generate-hashes --python-version 3.11 --all-extras pyproject.toml -o requirements-dev.lock
