@@ -1,12 +1,13 @@
 # Two commands do everything on a machine with Python 3.10-3.13, git and make:
 #   make train   set up, then CG3D's pre-training on the bundled set
-#   make test    set up, then the whole gate: sources and generated code agree, formatting, import direction, notebooks, pytest
+#   make test    set up, then the whole gate: exported code, formatting, import direction, docs, notebooks, pytest
+#   make docs    the documentation site in _docs/site (offline)
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: env train test check style data lock audit clean
+.PHONY: env train test check style docs data lock audit clean
 
 env: $(BIN)/.ready
 
@@ -32,7 +33,10 @@ style: env
 	$(BIN)/ruff check
 	$(BIN)/lint-imports
 
-test: check style
+docs: env
+	$(BIN)/python docs/build.py
+
+test: check style docs
 	cd nbs && ../$(BIN)/nbdev_test --path . --file_re '^[0-9]' --n_workers 2 --pause 0.5 --timing
 	$(BIN)/python -m pytest tests -q
 

@@ -25,7 +25,15 @@ from cg3d.core.untrusted import read_json
 from cg3d.training.config import TrainConfig, checked, several
 
 FOLDER = Path(__file__).parent
-PARTS = ("points", "encoders", "training", "processes", "shards", "search", "startup")  # NAME.py, in this order
+PARTS = (
+    "points",
+    "encoders",
+    "training",
+    "processes",
+    "shards",
+    "search",
+    "startup",
+)  # NAME.py, in this order
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,11 @@ def three_digits(value: float) -> str:
 
 
 def _speed_row(row) -> dict[str, str]:
-    ratio = "" if pd.isna(row.ratio) else f"{three_digits(row.ratio)} ({three_digits(row.low)}-{three_digits(row.high)})"
+    ratio = (
+        ""
+        if pd.isna(row.ratio)
+        else f"{three_digits(row.ratio)} ({three_digits(row.low)}-{three_digits(row.high)})"
+    )
     return {
         "part": row.part,
         "what": row.what + (f", {row.at:,.0f} {row.along}" if row.along else ""),
@@ -173,7 +185,9 @@ def speed_figure(
             color = "#2a9d55" if row.met else "#c62828"
             axes.plot(float(row.target.strip(">= x")), y, marker="|", color=color, markersize=13, mew=2.5)
     axes.set_ylim(-0.7, len(shown) - 0.3)
-    axes.set_yticks(range(len(shown)), [f"{row.what}\nas {row.versus}" for row in shown.itertuples()], fontsize=6)
+    axes.set_yticks(
+        range(len(shown)), [f"{row.what}\nas {row.versus}" for row in shown.itertuples()], fontsize=6
+    )
     axes.set(xscale="log", xlabel="times as fast\nline: smallest to largest pair; mark: target", title=title)
     narrow = shown["high"].max() < 100 * shown["low"].min()
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1, 3)))
