@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..core.config import Range
 from ..core.errors import InputError
 from ..geometry.ops import gather
 from .layers import WarmBatchNorm1d, group_points, matmul_fast, max_over_neighbors
@@ -30,7 +31,7 @@ class PointMLPConfig(EncoderConfig):
     expansion: float = 1.0  # hidden width of a residual block over its channels
 
     def __post_init__(self):
-        super().__post_init__()
+        self.check(ranges={"expansion": Range(0, None, open_low=True)})
         lengths = {len(getattr(self, name)) for name in ("anchors", "growth", "pre_blocks", "pos_blocks")}
         if len(lengths) != 1:
             raise InputError("anchors, growth, pre_blocks and pos_blocks need one entry a stage each")
@@ -38,8 +39,6 @@ class PointMLPConfig(EncoderConfig):
             raise InputError(f"anchors {self.anchors} must not grow from stage to stage")
         if any(before < self.neighbors for before in self.anchors[:-1]):
             raise InputError(f"{self.neighbors} neighbors cannot be found among anchors {self.anchors}")
-        if self.expansion <= 0:
-            raise InputError(f"expansion is {self.expansion}; it must be positive")
 
 # %% ../../nbs/models/03_pointmlp.ipynb #c9
 class LocalGrouper(nn.Module):
@@ -51,11 +50,11 @@ class LocalGrouper(nn.Module):
         self.affine_alpha = nn.Parameter(torch.ones(1, 1, 1, channels))
         self.affine_beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
 
-    def places(
+    def group(
         self,
         xyz: Tensor,  # (B, N, 3)
     ) -> tuple[Tensor, Tensor]:  # index of the anchors (B, S), of their neighbors (B, S, k)
-        "The rule by which groups are cut."
+        "The rule by which groups are chosen; published models have another."
         return group_points(xyz, self.anchors, self.neighbors)
 
     def forward(
@@ -63,22 +62,17 @@ class LocalGrouper(nn.Module):
         xyz: Tensor,  # (B, N, 3)
         features: Tensor,  # (B, N, C)
         weight: Tensor,  # of the layer that reads the groups, (D, 2C) or (D, 2C, 1)
-    ) -> tuple[
-        Tensor, Tensor
-    ]:  # anchors (B, S, 3), what that layer's product makes of each member, (B, S, k, D)
-        "Geometric affine module and product in one, the product taken where each point is met once."
-        center, around = self.places(xyz)
+    ) -> tuple[Tensor, Tensor]:  # anchors (B, S, 3), that layer's product for each member, (B, S, k, D)
+        "Geometric affine module and product in one; each point is multiplied once."
+        center, around = self.group(xyz)
         at_anchor = gather(features, center)
         spread = (gather(features, around) - at_anchor.unsqueeze(2)).float().flatten(1).std(1).view(-1, 1, 1)
         for_member, for_anchor = weight.flatten(1).chunk(2, dim=1)
-        scaled = (features - features.mean(1, keepdim=True)) / (
-            spread + 1e-5
-        )  # the mean drops out again: digits are kept
-        each = matmul_fast(scaled, for_member * self.affine_alpha.flatten())
-        rest = matmul_fast(at_anchor, for_anchor, for_member @ self.affine_beta.flatten()) - gather(
-            each, center
-        )
-        return gather(xyz, center), gather(each, around).add_(rest.unsqueeze(2))
+        centered = features - features.mean(1, keepdim=True)  # cancels out; less rounding with it
+        of_point = matmul_fast(centered / (spread + 1e-5), for_member * self.affine_alpha.flatten())
+        of_anchor = matmul_fast(at_anchor, for_anchor, for_member @ self.affine_beta.flatten())
+        of_anchor = of_anchor - gather(of_point, center)
+        return gather(xyz, center), gather(of_point, around).add_(of_anchor.unsqueeze(2))
 
 # %% ../../nbs/models/03_pointmlp.ipynb #c14
 class PointLayer(nn.Module):
@@ -110,7 +104,7 @@ def _layer(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 def _run(layer: nn.Sequential, rows: Tensor) -> Tensor:
-    "That convolution on rows: a matrix product, then batch norm."
+    "The same on rows: a matrix product, then batch norm."
     return layer[1](matmul_fast(rows, layer[0].weight))
 
 # %% ../../nbs/models/03_pointmlp.ipynb #c17
@@ -124,7 +118,7 @@ class PreExtraction(nn.Module):
 
     def forward(
         self,
-        first: Tensor,  # what the product of `transfer` made of each member, (B, S, k, channels)
+        first: Tensor,  # product of `transfer` for each member, (B, S, k, channels)
     ) -> Tensor:  # (B, S, channels)
         rows = self.operation(self.transfer.net[1](first.flatten(0, 2)).relu_())
         return max_over_neighbors(rows.unflatten(0, first.shape[:3]))

@@ -18,16 +18,14 @@ from ..geometry.ops import MISSING_COLOR, check_points, farthest_point_sample, g
 # %% ../../nbs/pretrained/00_specs.ipynb #c9a54ed2
 @dataclass(frozen=True)
 class Contract:
-    "What a published network expects and how it reads a cloud."
+    "What a published network expects of a cloud."
 
     model: str  # family and variant
     points: int  # points a cloud
     channels: int  # 3: xyz; 6: xyz and rgb
     swap_yz: bool = False  # True: y and z change places, a reflection; the network sees z up
     sampling: str = "farthest"  # how a larger cloud is brought to `points`: farthest, or random (seeded)
-    skip_below: float | None = (
-        1e-3  # sampling of centers starts at index 0 and passes over squared norms up to this; None: no such rule
-    )
+    skip_below: float | None = 1e-3  # sampling of centers skips squared norms up to this; None: no such rule
     groups: int | None = None  # centers; None: PointMLP's stages
     neighbors: int = 32  # points a group
     radius: float | None = None  # of a ball query, first points in order; None: the nearest points
@@ -41,12 +39,12 @@ class Contract:
         self,
         points: Tensor,  # the points contract of this package: (B, N, 3 or 6), unit sphere, y up, rgb in [0, 1]
     ) -> Tensor:  # what the network reads, (B, N, channels)
-        "The model's edge: count, color, axes."
+        "Color and axes as the network reads them. Raises InputError for another number of points."
         points = check_points(points)
         if points.shape[1] != self.points:
             raise InputError(
-                f"{self.model} reads clouds of {self.points:,} points, got {points.shape[1]:,}; its numbers mean nothing at another count. Use `model.embed`, which "
-                f"resamples, or `load_published(..., points={points.shape[1]})` if the weights were trained so"
+                f"{self.model} reads clouds of {self.points:,} points, got {points.shape[1]:,}; embeddings of another number "
+                f"are not valid. Use `model.encode_shape`, which resamples, or `load_published(..., points={points.shape[1]})` if the weights were trained so"
             )
         points = points[..., :3] if self.channels == 3 else with_color(points)
         return points[..., [0, 2, 1, *range(3, self.channels)]] if self.swap_yz else points
@@ -59,7 +57,7 @@ def _pointbert(model: str, points: int, groups: int, channels: int = 3, **change
     return Contract(model, points, channels, groups=groups, neighbors=32, **changes)
 
 
-def _pointmlp(model: str, points: int) -> Contract:
+def _pointmlp(model: str, points: int, **changes) -> Contract:
     return Contract(
         model,
         points,
@@ -68,6 +66,7 @@ def _pointmlp(model: str, points: int) -> Contract:
         position="none",
         feature="max",
         note="anchors 512, 256, 128, 64 whatever the input; groups divided by the cloud's spread",
+        **changes,
     )
 
 
@@ -76,24 +75,25 @@ def _openshape(
     groups: int,
     radius: float,
     neighbors: int,
-    clip: tuple[str, str],
+    clip: tuple[str, str],  # name and weights
     swap_yz: bool = False,
     note: str = "",
 ) -> Contract:
     return Contract(
         model,
-        10_000,
-        6,
-        swap_yz,
-        "random",
-        None,
-        groups,
-        neighbors,
-        radius,
-        "concatenated once",
-        "CLS",
-        *clip,
-        note,
+        points=10_000,
+        channels=6,
+        swap_yz=swap_yz,
+        sampling="random",
+        skip_below=None,
+        groups=groups,
+        neighbors=neighbors,
+        radius=radius,
+        position="concatenated once",
+        feature="CLS",
+        clip=clip[0],
+        clip_weights=clip[1],
+        note=note,
     )
 
 
@@ -105,7 +105,7 @@ CONTRACTS = {
         _pointmlp("cg3d/pointmlp-1k", 1024),
         _pointmlp("cg3d/pointmlp-8k", 8192),
         _pointbert("ulip/pointbert", 8192, 512),
-        _pointmlp("ulip/pointmlp", 8192),
+        _pointmlp("ulip/pointmlp", 8192, skip_below=None),
         _pointbert(
             "ulip2/pointbert",
             10_000,
@@ -161,31 +161,26 @@ SCALINGS = {  # OpenShape: width, depth, MLP, patch width -> contract
 
 def contracts() -> pd.DataFrame:
     "Every contract as one row of a table."
+    return pd.DataFrame(_row(contract) for contract in CONTRACTS.values()).set_index("model")
 
-    def row(c: Contract) -> dict:
-        return dict(
-            model=c.model,
-            points=c.points,
-            **{
-                "more points": c.sampling,
-                "up": "z (y and z swapped)" if c.swap_yz else "y",
-                "normalized": "centroid, unit sphere",
-                "color": f"rgb 0-1, missing {MISSING_COLOR}" if c.channels == 6 else "none",
-                "centers": f"{c.groups or '512-256-128-64'}, from index 0",
-                "near origin": "used"
-                if c.skip_below is None
-                else f"passed over below |p|^2={c.skip_below:g}",
-                "group": f"{c.neighbors} nearest"
-                if c.radius is None
-                else f"first {c.neighbors} in r={c.radius:g}",
-                "position": c.position,
-                "feature": c.feature,
-                "towers": f"{c.clip} {c.clip_weights}" if c.clip else "SLIP ViT-B/16",
-                "note": c.note,
-            },
-        )
 
-    return pd.DataFrame(row(c) for c in CONTRACTS.values()).set_index("model")
+def _row(c: Contract) -> dict:
+    nearest, ball = f"{c.neighbors} nearest", f"first {c.neighbors} in r={c.radius or 0:g}"
+    return {
+        "model": c.model,
+        "points": c.points,
+        "more points": c.sampling,
+        "up": "z (y and z swapped)" if c.swap_yz else "y",
+        "normalized": "centroid, unit sphere",
+        "color": f"rgb 0-1, missing {MISSING_COLOR}" if c.channels == 6 else "none",
+        "centers": f"{c.groups or '512-256-128-64'}, from index 0",
+        "near origin": "used" if c.skip_below is None else f"skipped below |p|^2={c.skip_below:g}",
+        "group": nearest if c.radius is None else ball,
+        "position": c.position,
+        "feature": c.feature,
+        "towers": f"{c.clip} {c.clip_weights}" if c.clip else "SLIP ViT-B/16",
+        "note": c.note,
+    }
 
 # %% ../../nbs/pretrained/00_specs.ipynb #0b5ac8a5
 def sample_clouds(
@@ -193,13 +188,12 @@ def sample_clouds(
     contract: Contract,
 ) -> Tensor:  # (B, contract.points, 3 or 6)
     "Bring clouds to the model's count by the rule of its contract; a smaller cloud is repeated."
-    there, wanted = points.shape[1], contract.points
-    if there == wanted:
+    available, count = points.shape[1], contract.points
+    if available == count:
         return points
-    if there < wanted:
-        return points[:, torch.arange(wanted, device=points.device) % there]
+    if available < count:
+        return points[:, torch.arange(count, device=points.device) % available]
     if contract.sampling == "farthest":
-        return gather(points, farthest_point_sample(points, wanted, skip_below=contract.skip_below))
-    return points[
-        :, torch.randperm(there, generator=torch.Generator().manual_seed(0))[:wanted].to(points.device)
-    ]
+        return gather(points, farthest_point_sample(points, count, skip_below=contract.skip_below))
+    chosen = torch.randperm(available, generator=torch.Generator().manual_seed(0))[:count]
+    return points[:, chosen.to(points.device)]

@@ -5,7 +5,7 @@
 # %% ../../nbs/render/02_mesh.ipynb #impc02
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,150 +13,119 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.errors import InputError, KindError, MissingFile
+from ..core.errors import InputError
 from ..geometry.ops import MISSING_COLOR
-
-if TYPE_CHECKING:
-    import trimesh
+from ..io.color import surface_colors
+from ..io.mesh import Mesh, double_areas, from_trimesh
+from ..io.read import read_mesh
+from ..io.shape import TURN
 from .cameras import ViewSettings, cameras, ring_views
 from .points import _angles, render_points, shade
 
+if TYPE_CHECKING:
+    from pytorch3d.structures import Meshes
+
 # %% auto #0
-__all__ = ['part_colors', 'render_mesh']
+__all__ = ['as_mesh', 'unit_mesh', 'render_mesh']
 
 # %% ../../nbs/render/02_mesh.ipynb #c36
-def _parts(mesh: Any, up: str) -> list[trimesh.Trimesh]:
-    "Triangle parts in world coordinates, centered and scaled into the unit sphere, y up."
-    import trimesh
-
+def as_mesh(
+    mesh: Any,  # path, Mesh, trimesh.Trimesh or trimesh.Scene
+) -> Mesh:
+    "A mesh from whatever holds one."
     if isinstance(mesh, (str, Path)):
-        if not Path(mesh).exists():
-            raise MissingFile(f"no mesh at {mesh}")
-        mesh = trimesh.load_scene(mesh)
-    if up not in ("y", "z"):
-        raise InputError(f"up must be 'y' or 'z', got {up!r}")
-    parts = (
-        [mesh.copy()]
-        if isinstance(mesh, trimesh.Trimesh)
-        else mesh.dump()
-        if isinstance(mesh, trimesh.Scene)
-        else None
-    )
-    if parts is None:
-        raise KindError(
-            f"render_mesh takes a path, trimesh.Trimesh, trimesh.Scene or PyTorch3D Meshes, got {type(mesh).__name__}"
-        )
-    parts = [part for part in parts if isinstance(part, trimesh.Trimesh) and len(part.faces)]
-    if not parts:
+        return read_mesh(mesh)
+    return mesh if isinstance(mesh, Mesh) else from_trimesh(mesh)
+
+
+def unit_mesh(
+    mesh: Mesh,
+    up: str | None = None,  # axis of the mesh that is up, y or z; None: as the mesh states, else y
+) -> Mesh:  # its surfaces with y up, centered, the farthest corner at distance 1
+    """Place a mesh as the points contract says.
+
+    Raises `InputError` where it has no triangles or no area."""
+    up = up or mesh.up or "y"
+    if up not in TURN:
+        raise InputError(f"up must be one of {sorted(TURN)}, got {up!r}", field="up", value=up)
+    surfaces = [surface for surface in mesh.surfaces if len(surface.faces)]
+    if not surfaces:
         raise InputError("the mesh has no triangles; read it as a cloud and use render_points")
-    if up == "z":
-        parts = [
-            part.apply_transform(trimesh.transformations.rotation_matrix(-math.pi / 2, (1, 0, 0)))
-            for part in parts
-        ]
-    area = np.concatenate([part.area_faces for part in parts])
-    if not np.isfinite(area).all() or area.sum() <= 0:
+    areas = np.concatenate([double_areas(surface) for surface in surfaces])
+    corners = np.concatenate([surface.vertices[surface.faces] for surface in surfaces])
+    if not np.isfinite(areas).all() or areas.sum() <= 0:
         raise InputError("the mesh has no surface (zero or NaN area)")
-    center = (np.concatenate([part.triangles_center for part in parts]) * area[:, None]).sum(0) / area.sum()
-    radius = max(np.linalg.norm(part.triangles - center, axis=-1).max() for part in parts)
-    for part in parts:
-        part.apply_translation(-center).apply_scale(1 / radius)
-    return parts
-
-
-def _texture(image: Any, uv: np.ndarray) -> np.ndarray:
-    "Repeat-wrapped bilinear lookup; uv (P, 2) with v up -> (P, 3) in [0, 1]."
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-    high, wide = pixels.shape[:2]
-    x, y = uv[:, 0] * wide - 0.5, (1 - uv[:, 1]) * high - 0.5
-    x0, y0 = np.floor(x).astype(int), np.floor(y).astype(int)
-    fx, fy = (x - x0)[:, None], (y - y0)[:, None]
-    at = lambda row, column: pixels[row % high, column % wide]
-    return (at(y0, x0) * (1 - fx) + at(y0, x0 + 1) * fx) * (1 - fy) + (
-        at(y0 + 1, x0) * (1 - fx) + at(y0 + 1, x0 + 1) * fx
-    ) * fy
-
-
-def part_colors(
-    part: trimesh.Trimesh,  # with any trimesh visual: texture, material, vertex or face colors, or none
-    face: np.ndarray,  # face of each sample, (P,)
-    bary: np.ndarray,  # its barycentric coordinates, (P, 3)
-) -> np.ndarray:  # color, (P, 3), [0, 1]; gray where the part has none
-    "Surface color at points given by face and barycentric coordinates."
-    visual, corners = part.visual, part.faces[face]
-    if visual.kind == "vertex":
-        return (visual.vertex_colors[corners, :3] / 255 * bary[..., None]).sum(1)
-    if visual.kind == "face":
-        return visual.face_colors[face, :3] / 255
-    if visual.kind != "texture":
-        return np.full((len(face), 3), MISSING_COLOR)
-    material = visual.material
-    image = getattr(material, "baseColorTexture", None) or getattr(material, "image", None)
-    factor = getattr(material, "baseColorFactor", None)
-    if image is None or visual.uv is None:
-        return np.broadcast_to(material.main_color[:3] / 255, (len(face), 3))
-    color = _texture(image, (visual.uv[corners] * bary[..., None]).sum(1))
-    return (
-        color
-        if factor is None
-        else color * (np.asarray(factor)[:3] / (255 if np.asarray(factor).dtype.kind in "ui" else 1))
-    )
+    center = (corners.mean(1) * areas[:, None]).sum(0) / areas.sum()
+    radius = np.linalg.norm(corners - center, axis=-1).max()
+    turn = np.asarray(TURN[up], np.float64)
+    placed = [
+        replace(surface, vertices=(surface.vertices - center) @ turn.T / radius) for surface in surfaces
+    ]
+    return replace(mesh, surfaces=placed, up="y")
 
 # %% ../../nbs/render/02_mesh.ipynb #c37
-def _mesh_colors(parts: list, face: Tensor, bary: Tensor) -> Tensor:
-    "Color of each hit, (P, 3); `face` counts through all parts."
-    colors, first = torch.zeros(len(face), 3), 0
-    for part in parts:
-        mine = (face >= first) & (face < first + len(part.faces))
+def _hit_colors(
+    mesh: Mesh,
+    face: Tensor,  # face of each hit, counted through all surfaces, (P,)
+    barycentric: Tensor,  # (P, 3)
+) -> Tensor:  # sRGB in [0, 1], float32 (P, 3); gray where unknown
+    colors, first = np.empty((len(face), 3)), 0
+    face, barycentric = face.numpy(), barycentric.numpy()
+    for surface in mesh.surfaces:
+        mine = (face >= first) & (face < first + len(surface.faces))
         if mine.any():
-            colors[mine] = torch.from_numpy(
-                np.asarray(
-                    part_colors(part, (face[mine] - first).numpy(), bary[mine].numpy()), dtype=np.float32
-                )
-            )
-        first += len(part.faces)
-    return colors
+            colors[mine] = surface_colors(surface, face[mine] - first, barycentric[mine])
+        first += len(surface.faces)
+    return torch.from_numpy(np.nan_to_num(colors, nan=MISSING_COLOR)).float()
 
 
 @torch.no_grad()
 def render_mesh(
-    mesh: Any,  # path, trimesh.Trimesh, trimesh.Scene, or one PyTorch3D Meshes that has textures
+    mesh: Any,  # path, Mesh, trimesh.Trimesh, trimesh.Scene, or one PyTorch3D Meshes that has textures
     azimuth: Tensor,  # (V,), degrees
     elevation: Tensor,  # (V,), degrees
     size: int | None = None,  # picture size, pixels; None takes the settings'
     settings: ViewSettings = ViewSettings(),  # camera and light
-    up: str = "y",  # the mesh's up axis, y or z (Meshes are taken as they are: y up, unit sphere)
+    up: str | None = None,  # up axis, y or z; None: as the file states, else y (Meshes are taken as they are)
     smooth: int = 2,  # pixels are averaged from smooth x smooth samples
 ) -> Tensor:  # views, (1, V, 3, size, size), [0, 1], white ground
-    "Views of one textured mesh, cameras and light as in `render_points`; transparency is drawn opaque."
+    """Views of one mesh, cameras and light as in `render_points`; transparency is drawn opaque.
+
+    Raises `InputError` for a mesh without triangles, `KindError` for an object that is no mesh."""
     from pytorch3d.renderer import MeshRasterizer, RasterizationSettings
     from pytorch3d.structures import Meshes
 
     size = size or settings.size
-    given, (azimuth, elevation) = isinstance(mesh, Meshes), _angles(azimuth, elevation, 1, "cpu")
-    if given and (len(mesh) != 1 or mesh.textures is None):
-        raise InputError("render_mesh takes one Meshes with textures at a time")
-    parts = [] if given else _parts(mesh, up)
-    triangles = (
-        mesh.verts_packed()[mesh.faces_packed()]
-        if given
-        else torch.from_numpy(np.concatenate([p.triangles for p in parts])).float()
-    )
-    solid = (
-        mesh if given else Meshes([triangles.reshape(-1, 3)], [torch.arange(3 * len(triangles)).view(-1, 3)])
-    )
+    azimuth, elevation = _angles(azimuth, elevation, 1, "cpu")
+    if isinstance(mesh, Meshes):
+        placed, solid = None, _checked_meshes(mesh)
+        triangles = mesh.verts_packed()[mesh.faces_packed()]
+    else:
+        placed = unit_mesh(as_mesh(mesh), up)
+        corners = [surface.vertices[surface.faces] for surface in placed.surfaces]
+        triangles = torch.from_numpy(np.concatenate(corners)).float()
+        solid = Meshes([triangles.reshape(-1, 3)], [torch.arange(3 * len(triangles)).view(-1, 3)])
     normals = torch.linalg.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
     raster = RasterizationSettings(image_size=size * smooth, faces_per_pixel=1, bin_size=0)
     views = []
     for camera in cameras(azimuth[0], elevation[0], settings):
         found = MeshRasterizer(camera, raster)(solid)
         hit = found.pix_to_face[0, ..., 0] >= 0
-        face, bary = found.pix_to_face[0, ..., 0][hit], found.bary_coords[0, ..., 0, :][hit]
-        colors = mesh.sample_textures(found)[0, ..., 0, :3][hit] if given else _mesh_colors(parts, face, bary)
+        face, barycentric = found.pix_to_face[0, ..., 0][hit], found.bary_coords[0, ..., 0, :][hit]
+        if placed is None:
+            colors = mesh.sample_textures(found)[0, ..., 0, :3][hit]
+        else:
+            colors = _hit_colors(placed, face, barycentric)
         to_view = camera.get_world_to_view_transform()
-        place = to_view.transform_points((triangles[face] * bary[..., None]).sum(1))
+        place = to_view.transform_points((triangles[face] * barycentric[..., None]).sum(1))
         facing = to_view.transform_normals(torch.nn.functional.normalize(normals[face], dim=-1))
         picture = torch.ones(size * smooth, size * smooth, 3)
         picture[hit] = (colors * shade(facing, place, settings)[..., None]).clamp(0, 1)
         views.append(torch.nn.functional.avg_pool2d(picture.permute(2, 0, 1), smooth))
     return torch.stack(views)[None]
+
+
+def _checked_meshes(meshes: Meshes) -> Meshes:
+    if len(meshes) != 1 or meshes.textures is None:
+        raise InputError("render_mesh takes one Meshes with textures at a time")
+    return meshes

@@ -7,45 +7,38 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.errors import InputError
-from ..geometry.ops import check_points, with_color
-
-if TYPE_CHECKING:
-    pass
-from .cameras import ViewSettings, cameras, random_views, ring_views
+from ..geometry.ops import check_points, knn, with_color
+from .cameras import ViewSettings, broadcast_angles, cameras
 
 # %% auto #0
-__all__ = ['neighbors', 'splat_radius', 'surface_normals', 'shade', 'splat_slow', 'splat', 'composite', 'render_points']
+__all__ = ['VIEWS_AT_ONCE', 'VIEWS_AT_ONCE_ELSEWHERE', 'neighbors', 'splat_radius', 'surface_normals', 'shade', 'splat',
+           'composite', 'render_points']
 
 # %% ../../nbs/render/01_points.ipynb #c14
 def neighbors(
     xyz: Tensor,  # points, (B, N, 3)
     k: int,  # how many, the point itself first; at most N
 ) -> tuple[Tensor, Tensor]:  # distances (B, N, k) ascending, indices (B, N, k)
-    "Nearest points within each cloud: a k-d tree on the CPU, PyTorch3D's `knn_points` elsewhere."
+    "Nearest points within each cloud: by a k-d tree on the CPU, by `geometry.ops.knn` elsewhere."
     if xyz.device.type != "cpu":
-        from pytorch3d.ops import knn_points
-
-        found = knn_points(xyz, xyz, K=k)
-        return found.dists.clamp(min=0).sqrt(), found.idx
+        return knn(xyz, xyz, k)
     from scipy.spatial import cKDTree
 
-    pairs = [cKDTree(cloud).query(cloud, k=range(1, k + 1)) for cloud in xyz.numpy()]
-    dists, idx = (np.stack(part) for part in zip(*pairs))
-    return torch.from_numpy(dists).float(), torch.from_numpy(idx).long()
+    results = [cKDTree(cloud).query(cloud, k=range(1, k + 1)) for cloud in xyz.numpy()]
+    distances, indices = (np.stack(part) for part in zip(*results))
+    return torch.from_numpy(distances).float(), torch.from_numpy(indices).long()
 
 
 def splat_radius(
     dists: Tensor,  # neighbor distances, (B, N, k), self first
     settings: ViewSettings,
 ) -> Tensor:  # disc radius, (B, N), world units
-    "Disc radius that follows the local spacing of the points."
+    "Disc radius from the local spacing of the points."
     near = dists[..., 1 : settings.spacing_neighbors + 1]
     if near.shape[-1] == 0:
         return torch.full(dists.shape[:2], settings.max_radius, device=dists.device)
@@ -82,42 +75,32 @@ def shade(
     return settings.ambient + settings.key * key + settings.head * facing[..., 0].abs()
 
 # %% ../../nbs/render/01_points.ipynb #c24
-def splat_slow(
-    ndc: Tensor,  # projected points, (M, N, 3): x left, y up in [-1, 1], z = depth
-    radius: Tensor,  # disc radius, (M, N), NDC units
-    size: int,  # picture size, pixels
-    k: int,  # discs kept a pixel
-) -> tuple[
-    Tensor, Tensor, Tensor
-]:  # packed point index, depth, squared distance to the disc's center; (M, size, size, k), -1 = none
-    "The naive twin of `splat`: `pytorch3d.renderer.points.rasterize_points`."
-    from pytorch3d.renderer.points.rasterize_points import rasterize_points
-    from pytorch3d.structures import Pointclouds
-
-    return rasterize_points(Pointclouds(ndc), image_size=size, radius=radius, points_per_pixel=k, bin_size=0)
-
-
-def _cover(ndc: Tensor, radius: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    "All (disc, row, column) pairs of bounding boxes that truly overlap, with squared distances; each (P,)."
-    span = []
+def _cover(
+    ndc: Tensor,  # as for `splat`
+    radius: Tensor,
+    size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # disc, row, column, squared distance to its center; each (P,)
+    "All pairs of a disc and a pixel whose center it covers."
+    first, length = [], []
     for center in (ndc[..., 1].flatten(), ndc[..., 0].flatten()):  # rows, then columns
-        first = ((1 - center - radius.flatten()) * size / 2 - 0.501).ceil().clamp(0, size - 1).long()
-        last = ((1 - center + radius.flatten()) * size / 2 - 0.499).floor().clamp(0, size - 1).long()
-        span.append((first, (last - first + 1).clamp(min=0)))
-    (row0, height), (column0, width) = span
-    count = height * width * (ndc[..., 2].flatten() >= 0)
+        low = ((1 - center - radius.flatten()) * size / 2 - 0.501).ceil().clamp(0, size - 1).long()
+        high = ((1 - center + radius.flatten()) * size / 2 - 0.499).floor().clamp(0, size - 1).long()
+        first.append(low)
+        length.append((high - low + 1).clamp(min=0))
+    height, width = length
+    count = height * width * (ndc[..., 2].flatten() >= 0)  # pixels in the bounding box of each disc
     disc = torch.repeat_interleave(count)
     step = torch.arange(len(disc), device=disc.device) - (count.cumsum(0) - count)[disc]
     down = torch.div(step, width[disc], rounding_mode="floor")
-    row, column = row0[disc] + down, column0[disc] + step - down * width[disc]
-    pixel = (
-        -1 + (2 * torch.arange(size - 1, -1, -1, device=disc.device).float() + 1) / size
-    )  # NDC of a pixel's center
-    dists = (pixel[column] - ndc[..., 0].flatten()[disc]) ** 2 + (
-        pixel[row] - ndc[..., 1].flatten()[disc]
-    ) ** 2
-    inside = dists < (radius * radius).flatten()[disc]
-    return disc[inside], row[inside], column[inside], dists[inside]
+    row = first[0][disc] + down
+    column = first[1][disc] + step - down * width[disc]
+    steps = torch.arange(size - 1, -1, -1, device=disc.device).float()
+    center = -1 + (2 * steps + 1) / size  # of each pixel, in NDC
+    across = center[column] - ndc[..., 0].flatten()[disc]
+    along = center[row] - ndc[..., 1].flatten()[disc]
+    distance = across**2 + along**2
+    inside = distance < (radius * radius).flatten()[disc]
+    return disc[inside], row[inside], column[inside], distance[inside]
 
 
 def splat(
@@ -125,97 +108,95 @@ def splat(
     radius: Tensor,  # disc radius, (M, N), NDC units
     size: int,  # picture size, pixels
     k: int,  # discs kept a pixel
-) -> tuple[
-    Tensor, Tensor, Tensor
-]:  # packed point index, depth, squared distance to the disc's center; (M, size, size, k), -1 = none
-    "Rasterize discs by one sort; the result is that of PyTorch3D's `rasterize_points`."
-    disc, row, column, dists = _cover(ndc, radius, size)
-    pixel, depth = (disc // ndc.shape[1] * size + row) * size + column, ndc[..., 2].flatten()[disc]
+) -> tuple[Tensor, Tensor, Tensor]:  # point index in the batch, depth, squared distance to the disc's center
+    "Rasterize discs by one sort. The results are (M, size, size, k), -1 for none, as PyTorch3D's `rasterize_points`."
+    disc, row, column, distance = _cover(ndc, radius, size)
+    depth = ndc[..., 2].flatten()[disc]
+    pixel = (disc // ndc.shape[1] * size + row) * size + column
     order = ((pixel << 32) | depth.view(torch.int32).long()).argsort()  # a positive float sorts like its bits
     pixel = pixel[order]
-    place = torch.arange(len(pixel), device=pixel.device)
-    fresh = torch.ones_like(pixel, dtype=torch.bool)
-    fresh[1:] = pixel[1:] != pixel[:-1]
-    rank = place - torch.where(fresh, place, 0).cummax(0).values if len(pixel) else place
-    kept = rank < k
-    slot, order = (pixel * k + rank)[kept], order[kept]
+    position = torch.arange(len(pixel), device=pixel.device)
+    starts = torch.ones_like(pixel, dtype=torch.bool)  # where a pixel's discs begin
+    starts[1:] = pixel[1:] != pixel[:-1]
+    rank = position - torch.where(starts, position, 0).cummax(0).values if len(pixel) else position
+    selected = rank < k
+    slot, order = (pixel * k + rank)[selected], order[selected]
     shape = (len(ndc), size, size, k)
-    return tuple(
-        torch.full((math.prod(shape),), -1, dtype=v.dtype, device=v.device)
-        .index_put_((slot,), v[order])
-        .view(shape)
-        for v in (disc, depth, dists)
-    )
+
+    def table(values: Tensor) -> Tensor:
+        empty = torch.full((math.prod(shape),), -1, dtype=values.dtype, device=values.device)
+        return empty.index_put_((slot,), values[order]).view(shape)
+
+    return table(disc), table(depth), table(distance)
 
 # %% ../../nbs/render/01_points.ipynb #c27
 def composite(
     colors: Tensor,  # shaded colors, (M, N, 3), [0, 1]
     radius: Tensor,  # disc radius, (M, N), NDC units
-    found: tuple[Tensor, Tensor, Tensor],  # index, depth, squared distance from `splat`, (M, S, S, k)
+    discs: tuple[Tensor, Tensor, Tensor],  # index, depth, squared distance from `splat`, (M, S, S, k)
     softness: float,  # depth of the fade
-) -> Tensor:  # pictures, (M, 3, S, S), [0, 1], white ground
+) -> Tensor:  # pictures, (M, 3, S, S), [0, 1], white background
     "Blend the discs of each pixel by nearness to their centers and to the front."
-    index, depth, dists = found
-    taken, covered = index.clamp(min=0), index >= 0
-    weight = (1 - dists / radius.flatten()[taken] ** 2).clamp(0, 1) * covered
+    index, depth, distance = discs
+    covered = index >= 0
+    index = index.clamp(min=0)
+    weight = (1 - distance / radius.flatten()[index] ** 2).clamp(0, 1) * covered
     weight = weight * torch.exp(-((depth - depth[..., :1]) / softness).clamp(min=0))
-    picture = (colors.reshape(-1, 3)[taken] * weight[..., None]).sum(-2) / weight.sum(-1, keepdim=True).clamp(
-        min=1e-6
-    )
+    total = weight.sum(-1, keepdim=True).clamp(min=1e-6)
+    picture = (colors.reshape(-1, 3)[index] * weight[..., None]).sum(-2) / total
     return torch.where(covered[..., :1], picture, torch.ones_like(picture)).permute(0, 3, 1, 2)
 
 # %% ../../nbs/render/01_points.ipynb #c28
-def _angles(azimuth, elevation, batch: int, device) -> tuple[Tensor, Tensor]:
-    "Both angles as float (batch, V)."
-    pair = torch.broadcast_tensors(
-        *(torch.as_tensor(a, dtype=torch.float32, device=device) for a in (azimuth, elevation))
-    )
-    pair = [a.reshape(1, -1) if a.ndim < 2 else a for a in pair]
-    if pair[0].ndim != 2 or len(pair[0]) not in (1, batch) or pair[0].numel() == 0:
-        raise InputError(
-            f"azimuth and elevation must be (V,) or ({batch}, V) with V >= 1, got {tuple(pair[0].shape)}"
-        )
-    return tuple(a.expand(batch, -1) for a in pair)
+VIEWS_AT_ONCE = {"cpu": 4}  # by device type
+VIEWS_AT_ONCE_ELSEWHERE = 64
+_angles = broadcast_angles  # name that `render.mesh` imports
 
 
 @torch.no_grad()
 def render_points(
     points: Tensor,  # clouds, (B, N, 3|6), unit sphere, y up; missing color is gray
-    azimuth: Tensor,  # (B, V) or (V,) for all, degrees
-    elevation: Tensor,  # same shape, degrees
+    azimuth: Tensor | float,  # (B, V) or (V,) for all, degrees
+    elevation: Tensor | float,  # same shape, degrees
     size: int | None = None,  # picture size, pixels; None takes the settings'
     settings: ViewSettings = ViewSettings(),  # how the views look
-    chunk: int = 4,  # views rasterized at once: a few fit the processor's cache, use more on a GPU
-) -> Tensor:  # views, (B, V, 3, size, size), [0, 1], white ground
-    "Shaded splat views of colored clouds."
+    chunk: int | None = None,  # views rasterized at once; None: 4 on a CPU, 64 elsewhere
+) -> Tensor:  # views, (B, V, 3, size, size), [0, 1], white background, on the device of the points
+    "Shaded splat views of colored clouds. Raises KindError or InputError for points or angles of another form."
     check_points(points)
     settings = replace(settings, size=size) if size is not None else settings
+    device = points.device
+    chunk = chunk or VIEWS_AT_ONCE.get(device.type, VIEWS_AT_ONCE_ELSEWHERE)
     points = with_color(points).float()
-    azimuth, elevation = _angles(azimuth, elevation, len(points), points.device)
-    xyz, k = points[..., :3].contiguous(), max(settings.normal_neighbors, settings.spacing_neighbors + 1)
-    dists, near = neighbors(xyz, min(k, xyz.shape[1]))
-    radius, normals = (
-        splat_radius(dists, settings),
-        surface_normals(xyz, near[..., : settings.normal_neighbors], settings),
-    )
-    shape = torch.arange(len(points), device=points.device).repeat_interleave(azimuth.shape[1])
+    azimuth, elevation = broadcast_angles(azimuth, elevation, len(points), device)
+    xyz = points[..., :3].contiguous()
+    k = max(settings.normal_neighbors, settings.spacing_neighbors + 1)
+    distances, near = neighbors(xyz, min(k, xyz.shape[1]))
+    radius = splat_radius(distances, settings)
+    normals = surface_normals(xyz, near[..., : settings.normal_neighbors], settings)
+    shape = torch.arange(len(points), device=device).repeat_interleave(azimuth.shape[1])
+    parts = zip(shape.split(chunk), azimuth.flatten().split(chunk), elevation.flatten().split(chunk))
     views = [
-        _points_views(xyz[s], points[s, :, 3:], normals[s], radius[s], a, e, settings)
-        for s, a, e in zip(
-            shape.split(chunk), azimuth.flatten().split(chunk), elevation.flatten().split(chunk)
-        )
+        _points_views(xyz[s], points[s, :, 3:], normals[s], radius[s], a, e, settings) for s, a, e in parts
     ]
     return torch.cat(views).view(*azimuth.shape, 3, settings.size, settings.size)
 
 
-def _points_views(xyz, rgb, normals, radius, azimuth, elevation, settings: ViewSettings) -> Tensor:
+def _points_views(
+    xyz: Tensor,
+    rgb: Tensor,
+    normals: Tensor,
+    radius: Tensor,
+    azimuth: Tensor,
+    elevation: Tensor,
+    settings: ViewSettings,
+) -> Tensor:
     "One view of each cloud, (M, 3, S, S); all inputs have M rows."
     camera = cameras(azimuth, elevation, settings)
     to_view = camera.get_world_to_view_transform()
     seen = to_view.transform_points(xyz)
-    colors = (rgb * shade(to_view.transform_normals(normals), seen, settings)[..., None]).clamp(0, 1)
+    brightness = shade(to_view.transform_normals(normals), seen, settings)
+    colors = (rgb * brightness[..., None]).clamp(0, 1)
     ndc = torch.cat([camera.transform_points(xyz)[..., :2], seen[..., 2:]], -1)
     radius = radius * (1 / math.tan(math.radians(settings.fov / 2))) / seen[..., 2]
-    return composite(
-        colors, radius, splat(ndc, radius, settings.size, settings.points_per_pixel), settings.softness
-    )
+    discs = splat(ndc, radius, settings.size, settings.points_per_pixel)
+    return composite(colors, radius, discs, settings.softness)

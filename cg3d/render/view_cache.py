@@ -6,12 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import shutil
-import tempfile
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,27 +14,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.atomic import reserve, writing
-from ..core.errors import CannotWrite, InputError
+from ..core.cache import ArrayCache
+from ..core.errors import InputError
 from ..core.paths import cache_dir
 from .cameras import ViewSettings, random_views
 from .points import render_points
 
 # %% auto #0
-__all__ = ['VIEW_FORMAT', 'ViewCache']
+__all__ = ['VIEW_FORMAT', 'SHAPES_AT_ONCE', 'ViewCache']
 
 # %% ../../nbs/render/03_view_cache.ipynb #c18
 VIEW_FORMAT = 1  # raise when the renderer's pixels change, so that old caches are not read
+SHAPES_AT_ONCE = 8  # shapes a thread renders in one call
 
 
 class ViewCache:
-    "Random views of many clouds on disk, rendered when first asked for."
+    """Random views of many clouds on disk, rendered when first needed.
+
+    Raises InputError for no views, workers or shapes; CannotWrite if the disk refuses.
+    """
 
     def __init__(
         self,
         points: Tensor,  # clouds, (S, N, 6), or `Clouds`
         views: int = 4,  # random views a shape
-        settings: ViewSettings = ViewSettings(),
+        settings: ViewSettings = ViewSettings(),  # how the views look
         seed: int = 0,  # of the cameras
         elevation: tuple[float, float] = (0.0, 30.0),  # lowest and highest camera, degrees
         folder: str | Path | None = None,  # None: `cache_dir()`
@@ -49,97 +47,25 @@ class ViewCache:
     ):
         if views < 1 or workers < 1 or not len(points):
             raise InputError(f"views, workers and shapes must be >= 1, got {views}, {workers}, {len(points)}")
-        self.settings, self.workers, self.progress = settings, workers, progress
-        self.azimuth, self.elevation = random_views(
-            (len(points), views), torch.Generator().manual_seed(seed), elevation
-        )
+        generator = torch.Generator().manual_seed(seed)
+        self.settings = settings
+        self.azimuth, self.elevation = random_views((len(points), views), generator, elevation)
         self.shape = (len(points), views, 3, settings.size, settings.size)
-        key = json.dumps(
-            [VIEW_FORMAT, asdict(settings), seed, list(elevation), self.shape, points.shape[1]],
-            sort_keys=True,
-        )
-        if isinstance(points, Tensor):
-            content = hashlib.blake2b(
-                np.ascontiguousarray(points.detach().cpu().numpy(), dtype=np.float32)
-            ).digest()
-        else:
-            content = points.key.encode()  # clouds that are read in parts know their files
-        self.key = hashlib.blake2b(key.encode() + content, digest_size=16).hexdigest()
-        self.path = Path(folder if folder is not None else cache_dir()) / "views" / self.key
-        self.hit = (found := self._read()) is not None  # were the views there already?
-        self.array = (
-            found if self.hit else self._render(points)
-        )  # uint8, (S, V, 3, size, size), memory-mapped
+        depends = [VIEW_FORMAT, asdict(settings), seed, list(elevation), points.shape[1], _content(points)]
+        parent = Path(folder) if folder is not None else cache_dir()
+        cache = ArrayCache(depends, self.shape, np.uint8, parent / "views")
 
-    def _read(self) -> np.ndarray | None:
-        "The array on disk, or None where it is missing, partial or damaged."
-        try:
-            sums = json.loads((self.path / "sums.json").read_text())
-            array = np.load(self.path / "views.npy", mmap_mode="r", allow_pickle=False)
-            sound = (
-                array.shape == self.shape
-                and array.dtype == np.uint8
-                and sums == [zlib.crc32(shape) for shape in array]
+        def render(first: int, last: int) -> Tensor:  # views of some shapes, uint8
+            rows = slice(first, last)
+            pictures = render_points(
+                points[rows].float(), self.azimuth[rows], self.elevation[rows], settings=settings
             )
-            return array if sound else None
-        except (OSError, ValueError, EOFError, TypeError):
-            return None
+            return (pictures * 255).round().byte()
 
-    def _render(self, points: Tensor) -> np.ndarray:
-        "Render all views into a fresh folder and move it to its place."
-        from tqdm.auto import tqdm
-
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = Path(tempfile.mkdtemp(prefix=self.key + ".", dir=self.path.parent))
-        try:
-            array = np.lib.format.open_memmap(
-                fresh / "views.npy", mode="w+", dtype=np.uint8, shape=self.shape
-            )
-            reserve(fresh / "views.npy", array.offset + array.nbytes)
-
-            def work(rows: slice) -> list[int]:
-                views = render_points(
-                    points[rows].float(), self.azimuth[rows], self.elevation[rows], settings=self.settings
-                )
-                array[rows] = (views * 255).round().byte().numpy()
-                return [zlib.crc32(shape) for shape in array[rows]]
-
-            parts = [slice(first, first + 8) for first in range(0, len(points), 8)]
-            with ThreadPoolExecutor(self.workers) as pool:
-                done = tqdm(
-                    pool.map(work, parts), total=len(parts), desc="rendering views", disable=not self.progress
-                )
-                sums = [value for part in done for value in part]
-            array.flush()
-            del array
-            (fresh / "sums.json").write_text(json.dumps(sums))
-            self._place(fresh)
-        except BaseException:
-            shutil.rmtree(fresh, ignore_errors=True)
-            raise
-        array = self._read()
-        if array is None:
-            raise CannotWrite(
-                f"views written to {self.path} cannot be read back; see whether the disk is full or broken",
-                file=self.path,
-            )
-        return array
-
-    def _place(self, fresh: Path) -> None:
-        "Rename a complete folder into place; a sound one that another process put there first is kept."
-        for _ in range(3):
-            try:
-                return os.rename(fresh, self.path)
-            except OSError:
-                if not self.path.exists():
-                    raise
-            if self._read() is not None:
-                return shutil.rmtree(fresh)
-            shutil.rmtree(self.path, ignore_errors=True)
-        raise CannotWrite(
-            f"cannot replace the damaged view cache {self.path}; remove it by hand", file=self.path
-        )
+        self.array = cache.get(
+            render, SHAPES_AT_ONCE, workers, progress, "rendering views"
+        )  # (S, V, 3, size, size)
+        self.key, self.path, self.hit = cache.key, cache.path, cache.hit  # hit: the views were there already
 
     def __len__(self) -> int:
         return len(self.array)
@@ -150,3 +76,10 @@ class ViewCache:
     ) -> Tensor:  # (..., 3, size, size) float32 in [0, 1]
         "Views as floats."
         return torch.from_numpy(np.array(self.array[at])).float() / 255
+
+
+def _content(points: Any) -> str:  # a hash of the clouds
+    if isinstance(points, Tensor):
+        values = np.ascontiguousarray(points.detach().cpu().numpy(), dtype=np.float32)
+        return hashlib.blake2b(values).hexdigest()
+    return points.key  # clouds that are read in parts know their files
