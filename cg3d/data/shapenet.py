@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['SYNSETS', 'CG3D_RENAMES', 'CG3D_CLASSES', 'split_id', 'read_ids', 'read_taxonomy', 'read_cloud', 'list_shapes',
-           'with_labels', 'cg3d', 'ulip']
+           'ImageLister', 'cg3d', 'ulip']
 
 # %% ../../nbs/data/06_shapenet.ipynb #c02
 import os
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,198 +16,233 @@ import pandas as pd
 from ..core.errors import InputError
 from ..core.safe_pickle import load_npy
 from ..core.untrusted import read_json, read_lines
-from .registry import Listing, Record, named, register_layout
+from cg3d.data.registry import (
+    Listing,
+    Record,
+    format_name,
+    label_numbers,
+    read_class_list,
+    register_layout,
+    unit_rgb,
+)
 
 # %% ../../nbs/data/06_shapenet.ipynb #c05
-SYNSETS = dict(
-    pair.split(" ", 1)
-    for pair in """02691156 airplane|02747177 ashcan|02773838 bag|02801938 basket|02808440 bathtub|02818832 bed|02828884 bench
-02843684 birdhouse|02871439 bookshelf|02876657 bottle|02880940 bowl|02924116 bus|02933112 cabinet|02942699 camera|02946921 can|02954340 cap|02958343 car
-02992529 cellular telephone|03001627 chair|03046257 clock|03085013 computer keyboard|03207941 dishwasher|03211117 display|03261776 earphone|03325088 faucet
-03337140 file|03467517 guitar|03513137 helmet|03593526 jar|03624134 knife|03636649 lamp|03642806 laptop|03691459 loudspeaker|03710193 mailbox|03759954 microphone
-03761084 microwave|03790512 motorcycle|03797390 mug|03928116 piano|03938244 pillow|03948459 pistol|03991062 pot|04004475 printer|04074963 remote control|04090263 rifle
-04099429 rocket|04225987 skateboard|04256520 sofa|04330267 stove|04379243 table|04401088 telephone|04460130 tower|04468005 train|04530566 vessel|04554684 washer""".replace(
-        "\n", "|"
-    ).split("|")
-)
+_SYNSET_LINES = """02691156 airplane|02747177 ashcan|02773838 bag|02801938 basket|02808440 bathtub
+02818832 bed|02828884 bench|02843684 birdhouse|02871439 bookshelf|02876657 bottle|02880940 bowl
+02924116 bus|02933112 cabinet|02942699 camera|02946921 can|02954340 cap|02958343 car
+02992529 cellular telephone|03001627 chair|03046257 clock|03085013 computer keyboard
+03207941 dishwasher|03211117 display|03261776 earphone|03325088 faucet|03337140 file|03467517 guitar
+03513137 helmet|03593526 jar|03624134 knife|03636649 lamp|03642806 laptop|03691459 loudspeaker
+03710193 mailbox|03759954 microphone|03761084 microwave|03790512 motorcycle|03797390 mug
+03928116 piano|03938244 pillow|03948459 pistol|03991062 pot|04004475 printer|04074963 remote control
+04090263 rifle|04099429 rocket|04225987 skateboard|04256520 sofa|04330267 stove|04379243 table
+04401088 telephone|04460130 tower|04468005 train|04530566 vessel|04554684 washer"""
+SYNSETS = dict(entry.split(" ", 1) for entry in _SYNSET_LINES.replace("\n", "|").split("|"))
 CG3D_RENAMES = {"display": "monitor", "vessel": "ship", "ashcan": "trashcan"}
-CG3D_CLASSES = """mug,bag,cellular telephone,cap,bowl,pillow,mailbox,rocket,basket,remote control,bottle,knife,washer,dishwasher,train,faucet,motorcycle,laptop,file,computer keyboard,sofa,guitar,camera,printer,car,piano,pistol,jar,earphone,microwave,birdhouse,tower,bench,bookshelf,telephone,skateboard,microphone,helmet,bed,stove,pot,loudspeaker,table,clock,bus,can,chair,lamp,rifle,bathtub,airplane,ship,cabinet,trashcan,monitor""".split(
-    ","
-)
+_CG3D_LINES = """mug,bag,cellular telephone,cap,bowl,pillow,mailbox,rocket,basket,remote control,bottle
+knife,washer,dishwasher,train,faucet,motorcycle,laptop,file,computer keyboard,sofa,guitar,camera
+printer,car,piano,pistol,jar,earphone,microwave,birdhouse,tower,bench,bookshelf,telephone,skateboard
+microphone,helmet,bed,stove,pot,loudspeaker,table,clock,bus,can,chair,lamp,rifle,bathtub,airplane
+ship,cabinet,trashcan,monitor"""
+CG3D_CLASSES = _CG3D_LINES.replace("\n", ",").split(",")  # in the order of CG3D's shape_names.txt
 
 # %% ../../nbs/data/06_shapenet.ipynb #c07
 def split_id(
-    line: str,  # "<synset>-<model>.npy", with or without the ending
+    line: str,  # "<synset>-<model>.npy", with or without the suffix
 ) -> tuple[str, str]:  # synset, model
-    "Synset and model of a line; a model id may contain hyphens."
-    synset, hyphen, model = line.strip().removesuffix(".npy").partition("-")
-    if not hyphen or not model:
-        raise InputError(f"{line!r} is not <synset>-<model>.npy")
+    """Synset and model of a line.
+
+    Raises: `InputError` if it has another form.
+    """
+    synset, _, model = line.strip().removesuffix(".npy").partition("-")
+    if not model:
+        raise InputError(f"{line!r} is not <synset>-<model>.npy", value=line)
     return synset, model
 
 
 def read_ids(path: Path) -> list[tuple[str, str]]:  # synset, model
-    "Shapes that a list names."
+    """Shapes that a list names.
+
+    Raises: `InputError` if a line has another form.
+    """
     try:
         return [split_id(line) for line in read_lines(path)]
-    except ValueError as error:
-        raise InputError(f"{path}: {error}", file=path) from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}", file=path, value=error.value) from error
 
 
 def read_taxonomy(
-    path: Path,  # taxonomy.json, need not be there
-) -> dict[str, list[str]]:  # synset -> synonyms
-    "Names of the synsets."
+    path: Path,  # taxonomy.json, need not exist
+) -> dict[str, list[str]]:  # synset -> synonyms; always all of `SYNSETS`
+    """Names of the synsets.
+
+    Raises: `InputError` if the file is not a list of {synsetId, name}.
+    """
+    taxonomy = {synset: [name] for synset, name in SYNSETS.items()}
     if not path.is_file():
-        return {synset: [name] for synset, name in SYNSETS.items()}
+        return taxonomy
     try:
-        return {
-            entry["synsetId"]: [word.strip() for word in entry["name"].split(",") if word.strip()]
-            for entry in read_json(path, list)
-        }
+        for entry in read_json(path, list):
+            words = [word.strip() for word in entry["name"].split(",") if word.strip()]
+            if words:
+                taxonomy[entry["synsetId"]] = words
     except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: not a list of {{synsetId, name}}: {type(error).__name__} {error}", file=path
-        ) from error
+        message = f"{path}: not a list of {{synsetId, name}}: {type(error).__name__} {error}"
+        raise InputError(message, file=path) from error
+    return taxonomy
 
 # %% ../../nbs/data/06_shapenet.ipynb #c10
-def read_cloud(path: Path) -> Record:
-    "A float array (N, 3), or (N, 6) with colors in [0, 1] or 0..255."
+def read_cloud(
+    path: Path,  # .npy with a numeric array (N, 3), or (N, 6) with colors in [0, 1] or 0..255
+) -> Record:
+    """One cloud.
+
+    Raises: `InputError` if the array has another shape or type.
+    """
     array = load_npy(path)
     if array.dtype.kind not in "fiu" or array.ndim != 2 or array.shape[1] not in (3, 6):
-        raise InputError(f"{path}: {array.dtype} {array.shape}, expected numbers (N, 3) or (N, 6)", file=path)
+        message = f"{path}: {array.dtype} {array.shape}, expected numbers (N, 3) or (N, 6)"
+        raise InputError(message, file=path)
     array = np.array(array, np.float32)
-    rgb = array[:, 3:] if array.shape[1] == 6 else None
-    return Record(array[:, :3], None if rgb is None else rgb / 255 if rgb.max() > 1 else rgb)
+    return Record(array[:, :3], unit_rgb(array[:, 3:], path) if array.shape[1] == 6 else None)
 
 
 def list_shapes(
     lists: dict[str, Path],  # split -> text file
     clouds: Path,  # folder of the .npy files
-    taxonomy: dict[str, list[str]],
-    names: str,
-    renames: dict[str, str],
-) -> pd.DataFrame:
-    "One row a line, with the class's first name and its synonyms."
-    there = set(os.listdir(clouds)) if clouds.is_dir() else set()
+    taxonomy: dict[str, list[str]],  # synset -> synonyms
+    names: str,  # style of the class names
+    renames: dict[str, str],  # first synonym -> class name
+) -> pd.DataFrame:  # split, id, name, category, tags, synset, model, file, found
+    """One row per line, with the first name of its class and the other synonyms as tags.
+
+    Raises: `InputError` for a synset without a name.
+    """
+    present = set(os.listdir(clouds)) if clouds.is_dir() else set()
     rows = []
     for split, path in lists.items():
         for synset, model in read_ids(path):
             if synset not in taxonomy:
-                raise InputError(
-                    f"{path}: synset {synset!r} of model {model!r} has no name in taxonomy.json", file=path
-                )
+                message = f"{path}: synset {synset!r} of model {model!r} has no name in taxonomy.json"
+                raise InputError(message, file=path, value=synset)
             first, *others = taxonomy[synset]
-            first, file = renames.get(first, first), f"{synset}-{model}.npy"
+            name, shape_id = format_name(renames.get(first, first), names), f"{synset}-{model}"
+            row = {"split": split, "id": shape_id, "name": name, "category": name}
+            row |= {"tags": ", ".join(others), "synset": synset, "model": model}
             rows.append(
-                dict(
-                    split=split,
-                    id=f"{synset}-{model}",
-                    name=named(first, names),
-                    category=named(first, names),
-                    tags=", ".join(others),
-                    synset=synset,
-                    model=model,
-                    file=str(clouds / file),
-                    found=file in there,
-                )
+                row | {"file": str(clouds / f"{shape_id}.npy"), "found": f"{shape_id}.npy" in present}
             )
-    return pd.DataFrame(
-        rows, columns=["split", "id", "name", "category", "tags", "synset", "model", "file", "found"]
+    columns = ["split", "id", "name", "category", "tags", "synset", "model", "file", "found"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _unknown_classes(table: pd.DataFrame, source: str) -> list[str]:
+    "A problem for classes of the lists without a number."
+    unknown = sorted(set(table["category"][table["label"] < 0]))
+    if not unknown:
+        return []
+    return [f"{source} does not name {', '.join(map(repr, unknown[:5]))}, which the lists contain"]
+
+
+def _taxonomy_note(path: Path) -> list[str]:
+    "A note where class names come from `SYNSETS`."
+    return (
+        []
+        if path.is_file()
+        else ["no taxonomy.json: class names come from cg3d's own table of the 55 synsets"]
     )
 
 
-def with_labels(
-    table: pd.DataFrame, labels: list[str], source: str
-) -> tuple[pd.DataFrame, list[str]]:  # the table, problems
-    "Add the number of each class."
-    table["label"] = (
-        table["category"].map({label: i for i, label in enumerate(labels)}).fillna(-1).astype(int)
-    )
-    strange = sorted(set(table["category"][table["label"] < 0]))
-    return table, [
-        f"{source} does not name {', '.join(map(repr, strange[:5]))}, which the lists contain"
-    ] if strange else []
+class ImageLister:
+    "Lists the images of a folder inside of `folder`, sorted; lists are kept in memory."
+
+    def __init__(
+        self,
+        folder: Path,
+        pattern: str = "*.png",  # of the file names
+    ):
+        self.folder, self.pattern, self.lists = folder, pattern, {}
+
+    def __getstate__(self):
+        return self.__dict__ | {"lists": {}}
+
+    def __call__(self, name: str) -> list[Path]:
+        "Images of one folder."
+        if name not in self.lists:
+            self.lists[name] = sorted((self.folder / name).glob(self.pattern))
+        return self.lists[name]
+
+
+def _no_views(folder: Path) -> list[str]:
+    "A problem where the renders are missing."
+    if folder.is_dir():
+        return []
+    return [f"no views: {folder} is not there; views would be rendered from the points"]
 
 # %% ../../nbs/data/06_shapenet.ipynb #c12
 def _find_cg3d(path: Path) -> Path | None:
-    for root in (path, path.parent) if path.name in ("shapenet_render", "ShapeNet55") else (path,):
-        if any((root / "shapenet_render" / f"{name}_img.txt").is_file() for name in ("train", "test", "val")):
+    inner = path.name in ("shapenet_render", "ShapeNet55")
+    for root in (path, path.parent) if inner else (path,):
+        lists = [root / "shapenet_render" / f"{split}_img.txt" for split in ("train", "test", "val")]
+        if any(file.is_file() for file in lists):
             return root
     return None
 
 
-def _pictures(folder: Path, pattern: str = "*.png"):
-    "Sorted pictures of a folder, remembered."
-
-    @lru_cache(maxsize=100_000)
-    def inside(name: str) -> tuple[Path, ...]:
-        return tuple(sorted((folder / name).glob(pattern)))
-
-    return inside
+def _point_bert_leaks(root: Path, table: pd.DataFrame) -> list[str]:
+    "Overlaps with Point-BERT's lists, which are another partition of the same shapes."
+    ids_by_split = {split: set(part["id"]) for split, part in table.groupby("split")}
+    problems = []
+    for name, other in (("train", "test"), ("test", "train")):
+        file = root / "ShapeNet55" / f"{name}.txt"
+        ids = {f"{synset}-{model}" for synset, model in read_ids(file)} if file.is_file() else set()
+        shared = len(ids & ids_by_split.get(other, set()))
+        if shared:
+            count = f"{shared:,} of the {len(ids):,} shapes"
+            problems.append(f"leak: {count} of ShapeNet55/{name}.txt are in {other}_img.txt")
+    return problems
 
 
 @register_layout(
     "cg3d",
-    "CG3D: ShapeNet55/shapenet_pc/*.npy, shapenet_render/{train_img,test_img}.txt and img/<synset>/<model>/*.png",
+    "CG3D: ShapeNet55/shapenet_pc/*.npy, shapenet_render/{train_img,test_img}.txt "
+    "and img/<synset>/<model>/*.png",
     _find_cg3d,
 )
 def cg3d(root: Path, names: str, up: str | None) -> Listing:
-    "ShapeNet-55 with five renders a shape."
+    "ShapeNet-55 with five renders per shape."
     render = root / "shapenet_render"
-    lists = {
-        split: render / f"{split}_img.txt"
-        for split in ("train", "test", "val")
-        if (render / f"{split}_img.txt").is_file()
-    }
-    taxonomy = render / "taxonomy.json"
+    lists = {split: render / f"{split}_img.txt" for split in ("train", "test", "val")}
+    lists = {split: file for split, file in lists.items() if file.is_file()}
+    taxonomy, order, images = render / "taxonomy.json", render / "shape_names.txt", render / "img"
     clouds = root / "ShapeNet55" / "shapenet_pc"
     table = list_shapes(lists, clouds, read_taxonomy(taxonomy), names, CG3D_RENAMES)
-    order = render / "shape_names.txt"
-    labels = [named(name, names) for name in (read_lines(order) if order.is_file() else CG3D_CLASSES)]
-    table, problems = with_labels(table, labels, "shape_names.txt")
-    notes = (
-        []
-        if taxonomy.is_file()
-        else ["no taxonomy.json: class names come from cg3d's own table of the 55 synsets"]
-    )
-    notes += [] if order.is_file() else ["no shape_names.txt: classes stand in the order that CG3D published"]
-    known = {split: set(part["id"]) for split, part in table.groupby("split")}
-    for name in ("train", "test"):  # Point-BERT's lists are another partition of the same shapes
-        other = root / "ShapeNet55" / f"{name}.txt"
-        ids = {f"{synset}-{model}" for synset, model in read_ids(other)} if other.is_file() else set()
-        against = "train" if name == "test" else "test"
-        shared = len(ids & known.get(against, set()))
-        if shared:
-            problems.append(
-                f"leak: {shared:,} of the {len(ids):,} shapes of ShapeNet55/{name}.txt stand in {against}_img.txt"
-            )
-    inside = _pictures(render / "img")
-    pictures = (
-        (lambda row: list(inside(f"{table['synset'].iat[row]}/{table['model'].iat[row]}")))
-        if (render / "img").is_dir()
-        else None
-    )
-    if pictures is None:
-        problems.append(
-            f"no pictures: {render / 'img'} is not there; views would be rendered from the points"
-        )
+    labels = [format_name(name, names) for name in read_class_list(order, CG3D_CLASSES)]
+    table["label"] = label_numbers(table["category"], labels)
+    problems = _unknown_classes(table, "shape_names.txt") + _point_bert_leaks(root, table) + _no_views(images)
+    notes = _taxonomy_note(taxonomy)
+    if not order.is_file():
+        notes.append("no shape_names.txt: classes are in the order that CG3D published")
+    list_images = ImageLister(images)
+
+    def view_files(row: int) -> list[Path]:
+        return list_images(f"{table['synset'].iat[row]}/{table['model'].iat[row]}")
+
     return Listing(
         table,
         lambda row: read_cloud(Path(table["file"].iat[row])),
         labels,
         up or "y",
-        pictures,
+        view_files if images.is_dir() else None,
         problems,
-        notes,
+        notes=notes,
     )
 
 # %% ../../nbs/data/06_shapenet.ipynb #c14
 def _find_ulip(path: Path) -> Path | None:
     for root in (path, path / "shapenet-55"):
-        if (root / "shapenet_pc").is_dir() and any(
-            (root / f"{name}.txt").is_file() for name in ("train", "test")
-        ):
+        lists = [root / f"{split}.txt" for split in ("train", "test")]
+        if (root / "shapenet_pc").is_dir() and any(file.is_file() for file in lists):
             return root if not _find_cg3d(root) else None
     return None
 
@@ -219,34 +253,27 @@ def _find_ulip(path: Path) -> Path | None:
     _find_ulip,
 )
 def ulip(root: Path, names: str, up: str | None) -> Listing:
-    "ShapeNet-55 with thirty renders a shape."
-    lists = {split: root / f"{split}.txt" for split in ("train", "test") if (root / f"{split}.txt").is_file()}
-    taxonomy = read_taxonomy(root / "taxonomy.json")
+    "ShapeNet-55 with thirty renders per shape."
+    lists = {split: root / f"{split}.txt" for split in ("train", "test")}
+    lists = {split: file for split, file in lists.items() if file.is_file()}
+    taxonomy_file, images = root / "taxonomy.json", root / "rendered_images"
+    taxonomy = read_taxonomy(taxonomy_file)
     table = list_shapes(lists, root / "shapenet_pc", taxonomy, names, {})
-    labels = [
-        named(taxonomy[synset][0], names)
-        for synset in sorted(set(table["synset"]) | (SYNSETS.keys() & taxonomy.keys()))
-    ]
-    table, problems = with_labels(table, labels, "taxonomy.json")
-    inside = _pictures(root / "rendered_images", "*_r_[0-9][0-9][0-9].png")
-    pictures = (
-        (lambda row: list(inside(table["id"].iat[row]))) if (root / "rendered_images").is_dir() else None
-    )
-    if pictures is None:
-        problems.append(
-            f"no pictures: {root / 'rendered_images'} is not there; views would be rendered from the points"
-        )
-    notes = (
-        []
-        if (root / "taxonomy.json").is_file()
-        else ["no taxonomy.json: class names come from cg3d's own table of the 55 synsets"]
-    )
+    synsets = sorted(SYNSETS.keys() | set(table["synset"]))
+    labels = [format_name(taxonomy[synset][0], names) for synset in synsets]
+    table["label"] = label_numbers(table["category"], labels)
+    list_images = ImageLister(images, "*_r_[0-9][0-9][0-9].png")
+
+    def view_files(row: int) -> list[Path]:
+        return list_images(table["id"].iat[row])
+
     return Listing(
         table,
         lambda row: read_cloud(Path(table["file"].iat[row])),
         labels,
         up or "y",
-        pictures,
-        problems,
-        notes,
+        view_files if images.is_dir() else None,
+        _no_views(images),
+        notes=_taxonomy_note(taxonomy_file),
+        label_order="the order of the synsets",
     )
