@@ -1,6 +1,6 @@
 """Bytes that find their own way: the parsers that cg3d has written itself, led through their branches by atheris (coverage-guided fuzzing).
 
-    pip install atheris && python benchmarks/bytes.py --seconds 60 [pcd lzf xyz npz npy pickle ply gltf off]
+    pip install atheris && python benchmarks/bytes.py --seconds 60 [lzf pickle npy npz ply pcd off stl xyz ...]
 
 Each parser runs in a process of its own, from the same sound files as benchmarks/fuzz.py. What is not an answer or an error of cg3d ends it, and the input is kept."""
 
@@ -17,7 +17,8 @@ def parsers(folder: Path) -> dict:
     "Name -> a function of bytes"
     from cg3d.core import safe_pickle as unpickle
     from cg3d.core import untrusted as guard
-    from cg3d.io import files
+    from cg3d.io.pcd import lzf_decompress
+    from cg3d.io.read import FORMATS, read_mesh
 
     def of(read, name):
         def parse(data: bytes):
@@ -31,15 +32,15 @@ def parsers(folder: Path) -> dict:
             return [archive[name] for name in archive.files]
 
     return {
-        "lzf": lambda data: files.lzf_decompress(data[2:], int.from_bytes(data[:2], "little")),
+        "lzf": lambda data: lzf_decompress(data[2:], int.from_bytes(data[:2], "little")),
         "pickle": unpickle.unpickle,
         "npy": of(unpickle.load_npy, "a.npy"),
         "npz": of(npz, "a.npz"),
-        "pcd": of(guard.reads("a cloud")(files.read_pcd), "a.pcd"),
-        "xyz": of(guard.reads("a cloud")(files.read_xyz), "a.xyz"),
-        "ply": of(guard.reads("a mesh")(files._declared), "a.ply"),
-        "gltf": of(guard.reads("a mesh")(files._declared), "a.gltf"),
-        "glb": of(guard.reads("a mesh")(files._declared), "a.glb"),
+    } | {
+        suffix[1:]: of(guard.reading("a shape")(read_mesh), f"a{suffix}")
+        for each in FORMATS
+        for suffix in each.suffixes
+        if not each.packages and suffix not in (".npy", ".npz")
     }
 
 
@@ -50,7 +51,7 @@ def fuzz(name: str, seconds: int, folder: Path) -> None:
     import atheris
 
     with atheris.instrument_imports(
-        include=["cg3d.io.files", "cg3d.core.untrusted", "cg3d.core.safe_pickle", "pickle"]
+        include=["cg3d.io", "cg3d.core.untrusted", "cg3d.core.safe_pickle", "pickle"]
     ):
         from cg3d.core.errors import Cg3dError
 

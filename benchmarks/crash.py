@@ -25,8 +25,8 @@ import cg3d
 from cg3d.core.atomic import check_hash, read_manifest
 from cg3d.data.furniture import furniture
 from cg3d.io.collection import read_collection, write_collection
-from cg3d.pretrained.hub import read_embeddings
 from cg3d.search.batch_embed import collection_source, embed_source
+from cg3d.search.embeddings import read_embeddings
 from cg3d.search.index import ShapeIndex
 from cg3d.training.config import TrainConfig
 from cg3d.training.pretrain import make_learner, make_model, make_triplets, read_data
@@ -183,7 +183,7 @@ def writing(kills: int, place: Path) -> int:
         return (found := read_embeddings(path)).matrix, found.table["id"].tolist()
 
     def read_index(path):
-        found = ShapeIndex.open(path)
+        found = ShapeIndex.load(path)
         found.verify()
         return np.array(found.vectors), found.table["id"].tolist()
 

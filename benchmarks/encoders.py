@@ -15,12 +15,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent))
+from harness import Row, report, row
 from published_encoders import published
 
 from cg3d.core.malloc import keep_freed_memory
+from cg3d.core.timing import compare, peaks, seconds
 from cg3d.models.layers import compile_encoder, group_points
 from cg3d.models.registry import create_encoder
-from cg3d.zz.timing import Row, compare, peaks, report, row, seconds
 
 PART, NAMES, THREADS = "encoders", ("pointmlp", "point_transformer"), 2
 
@@ -178,7 +179,7 @@ def alone(
     "Two steps in a process of their own"
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import torch; torch.set_num_threads({THREADS})\n"
-        "from encoders import cloud, create_encoder, kept_memory, step; from cg3d.zz.timing import peak_memory, seconds\n"
+        "from encoders import cloud, create_encoder, kept_memory, step; from cg3d.core.timing import peak_memory, seconds\n"
         f"encoder, points = create_encoder({name!r}), cloud({batch}, {points})\n"
         "with kept_memory(): step(encoder, points); print(seconds(lambda: step(encoder, points)), peak_memory())"
     )

@@ -6,6 +6,7 @@ The seeds are small sound files, written here. A mutation flips, cuts, repeats o
 or joins two files. Each input is read in a process of its own, which may compute for 5 seconds (wait for 60, as the machine may be busy) and take 1 GiB more than before. What fails is told, and kept with --keep."""
 
 import argparse
+import gzip
 import json
 import os
 import pickle
@@ -14,11 +15,13 @@ import re
 import resource
 import shutil
 import signal
+import struct
 import sys
 import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,18 +36,23 @@ from cg3d.cli.info import describe
 from cg3d.cli.jobs import read_recipe
 from cg3d.core.atomic import file_hash, write_folder
 from cg3d.core.errors import Cg3dError
+from cg3d.core.paths import data_dir
 from cg3d.core.safe_pickle import load_npy, load_pickle
 from cg3d.core.state_dict import read_checkpoint
-from cg3d.data.pictures import read_picture
+from cg3d.core.untrusted import limits
+from cg3d.data.view_files import read_image
 from cg3d.io.collection import read_collection, write_collection
 from cg3d.io.scene import read_scene
 from cg3d.io.shape import read_shape
-from cg3d.pretrained.hub import Embeddings, read_embeddings, write_embeddings
+from cg3d.search.embeddings import Embeddings, read_embeddings, write_embeddings
 from cg3d.search.index import ShapeIndex
 from cg3d.training.callbacks import Checkpoint as RunCheckpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import cloud_writer as cloud
+import foreign_writer as foreign
 import miniatures
+from gltf_writer import BOX, FACES, Gltf, picture
 
 SECONDS, WAIT, GIB = 5, 60, 2**30
 
@@ -102,6 +110,158 @@ def meshes(folder: Path):
     )
 
 
+def models(folder: Path):
+    "glTF files with everything that the reader follows, and an OBJ of all kinds of lines."
+    import DracoPy
+    import meshopt
+
+    gltf = Gltf()
+    joints = {"JOINTS_0": gltf.accessor(np.tile([0, 1, 0, 0], (8, 1)), "u1")}
+    box = gltf.box(WEIGHTS_0=gltf.accessor(np.tile([0.5, 0.5, 0, 0], (8, 1))), **joints)
+    inverse = gltf.accessor(np.tile(np.eye(4).ravel(), (2, 1)))
+    gltf.json["skins"] = [{"joints": [1, 2], "inverseBindMatrices": inverse}]
+    places = {"TRANSLATION": gltf.accessor([[0, 0, 0], [9, 0, 0]])}
+    instances = {"mesh": 0, "extensions": {"EXT_mesh_gpu_instancing": {"attributes": places}}}
+    gltf.scene({"mesh": gltf.mesh(box), "skin": 0}, {"translation": [0, 1, 0]}, {}, instances)
+    gltf.write(folder / "skin.glb"), gltf.write(folder / "skin.gltf", "skin.bin")
+    gltf = Gltf()
+    transform = {"KHR_texture_transform": {"scale": [0.5, 1], "rotation": 1, "texCoord": 0}}
+    material = gltf.textured(picture((200, 90, 30)), extensions=transform)
+    uv, colors = (
+        gltf.accessor(np.full((8, 2), 0.5)),
+        gltf.accessor(np.full((8, 4), 99), "u1", normalized=True),
+    )
+    places = {"bufferView": gltf.view(np.uint16([1, 5]).tobytes()), "componentType": 5123}
+    sparse = {"count": 2, "indices": places, "values": {"bufferView": gltf.view(BOX[:2].tobytes())}}
+    target = {"POSITION": gltf.accessor(BOX, sparse=sparse)}
+    primitive = gltf.box(material, TEXCOORD_0=uv, COLOR_0=colors) | {"targets": [target]}
+    gltf.scene({"mesh": gltf.mesh(primitive, weights=[0.5]), "rotation": [0, 0, 1, 1]}).write(
+        folder / "morph.glb"
+    )
+    gltf.write(folder / "morph.gltf")
+    gltf = Gltf(extensionsRequired=["KHR_draco_mesh_compression", "EXT_meshopt_compression"])
+    packed = {"bufferView": gltf.view(DracoPy.encode(BOX, FACES)), "attributes": {"POSITION": 0}}
+    first = gltf.box() | {"extensions": {"KHR_draco_mesh_compression": packed}}
+    entry = gltf.json["bufferViews"][gltf.view(meshopt.encode_gltf_buffer(BOX, "ATTRIBUTES"))]
+    entry["extensions"] = {
+        "EXT_meshopt_compression": entry | {"byteStride": 12, "count": 8, "mode": "ATTRIBUTES"}
+    }
+    second = gltf.box()
+    view = {
+        "bufferView": len(gltf.json["bufferViews"]) - 3,
+        "componentType": 5126,
+        "count": 8,
+        "type": "VEC3",
+    }
+    second["attributes"]["POSITION"] = gltf.entry("accessors", view)
+    gltf.scene({"mesh": gltf.mesh(first, second)}).write(folder / "packed.glb")
+    (folder / "rich.mtl").write_text("newmtl a b\nKd 1 0.5 0\nmap_Kd -s 2 2 1 rich.png\nnewmtl c\nKd 0 0 1\n")
+    (folder / "rich.png").write_bytes(picture((200, 90, 30)))
+    rows = "".join("v {:g} {:g} {:g} 1 0.5 0\n".format(*row) for row in BOX)
+    faces = "f 1/1 2/1 4/1 3/1 # a face\nf -8//1 -7//1 -6//1\nusemtl c\nf 5 7 \\\n 8 6\nf 1/1/1 3/1/1 7/1/1 5/1/1 2/1/1\n"
+    (folder / "rich.obj").write_text(
+        f"mtllib rich.mtl\n#MRGB ff00ff00\nusemtl a b\n{rows}vt 0 1\nvn 0 0 1\n{faces}"
+    )
+
+
+GROUP = '<m:colorgroup id="6"><m:color color="#FF8000"/><m:color color="#0000FF80"/></m:colorgroup>'  # of 3MF
+
+
+def clouds(folder: Path):
+    "Files of the formats that this project parses itself, with everything that the readers follow."
+    faces = [[list(face), [0.5] * 2 * len(face), i % 2] for i, face in enumerate(cloud.MIXED)]
+    lists = "list uchar int vertex_indices, list uchar float texcoord, int texnumber"
+    colored = {"vertex": (f"{cloud.XYZ}, uchar red, uchar green, uchar blue", cloud.vertices(255, 128, 0))}
+    texture = "comment TextureFile rich.png\ncomment TextureFile gone.png"
+    (folder / "rich.png").write_bytes(picture((200, 90, 30)))
+    strips = {"tristrips": ("list int int vertex_indices", [[[0, 1, 2, -1, 1, 3, 2]]])}
+    splat = {"vertex": (cloud.SPLAT, cloud.splat_rows((1, 0, 0), 2.0))}
+    ends = ", ".join(f"float {end}_{axis}" for end in ("min", "max") for axis in "xyz")
+    packed = {"chunk": (ends, [[0, 0, 0, 1, 2, 3]])}
+    names = "uint packed_position, uint packed_rotation, uint packed_scale, uint packed_color"
+    packed["vertex"] = (names, [[0, 0, 0, 2**32 - 1], [2**32 - 1, 0, 0, 2**32 - 1]])
+    gray = np.full((30, 3), 65535).T
+    types, sizes = "F F F U U U", "4 4 4 2 2 2"
+    columns = [*cloud.CLOUD.T, *gray]
+    files = {
+        "rich.ply": cloud.ply(colored | {"face": (lists, faces)}, "binary_big_endian", texture),
+        "rich_ascii.ply": cloud.ply(colored | {"face": (lists, faces)}, extra=texture),
+        "strips.ply": cloud.ply(colored | strips, "binary_little_endian"),
+        "splat.ply": cloud.ply(splat, "binary_little_endian"),
+        "packed.ply": cloud.ply(packed, "binary_little_endian"),
+        "colored.off": cloud.off("COFF", " 255 128 0 255", cloud.MIXED).encode(),
+        "painted.off": cloud.off(face_more=" 1.0 0.5 0.0").encode(),
+        "colored.stl": cloud.stl(b"COLOR=\xff\x80\x00\xff", 31 | 16 << 5),
+        "text.stl": cloud.stl_text().encode(),
+        "fields.pcd": cloud.pcd("X Y Z Red Green Blue", types, sizes, columns, "binary_compressed"),
+        "fields_ascii.pcd": cloud.pcd("X Y Z Red Green Blue", types, sizes, columns),
+        "leica.pts": ("30\n" + cloud.rows("-7", *cloud.ORANGE_8)).encode(),
+        "leica.ptx": cloud.ptx().encode(),
+        "named.csv": ("x,y,z,label,r,g,b\n" + cloud.rows("t", *cloud.ORANGE_8, separator=",")).encode(),
+        "decimal.txt": cloud.rows(*cloud.ORANGE_8, separator=";").replace(".", ",").encode(),
+        "intensity.xyz": cloud.rows("100", *cloud.ORANGE_8).encode(),
+        "packed.spz": gzip.compress(
+            struct.pack("<4sIIBBBB", b"NGSP", 2, 8, 0, 12, 0, 0) + bytes(range(72)) + b"\xff" * 40
+        ),
+        "splats.splat": (b"\0\0\x80\x3f" * 6 + b"\xff" * 8 + bytes(24) + b"\xff" * 8),
+        "group.3mf": foreign.three_mf(GROUP, "", lambda index: f'pid="6" p1="{index % 2}"'),
+        "text.vtk": foreign.legacy(data="point"),
+        "binary.vtk": foreign.legacy("BINARY", "hexahedron", "cell"),
+        "offsets.vtk": foreign.legacy("BINARY", "offsets"),
+        "packed.vtp": foreign.xml("appended", "vtkZLibDataCompressor"),
+        "base64.vtu": foreign.xml("binary", kind="UnstructuredGrid"),
+        "text.vtp": foreign.xml(),
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def foreigners(folder: Path):
+    "Files that libraries of others parse."
+    foreign.las(folder / "a.las"), foreign.las(folder / "a.laz"), foreign.e57(folder / "a.e57")
+    body = (
+        foreign.usd_box(more="rel material:binding = </paint>", schemas="MaterialBindingAPI")
+        + foreign.usd_material()
+    )
+    (folder / "a.usdz").write_bytes(foreign.usdz(folder, body))
+    (folder / "part").unlink(), (folder / "package.usdz").unlink()
+    files = {
+        "a.usda": foreign.usda(body),
+        "a.step": foreign.step(),
+        "a.iges": foreign.iges(),
+        "a.dae": foreign.dae(),
+        "a.fbx": foreign.Fbx(picture=foreign.HALVES).bytes(),
+        "a.3ds": foreign.three_ds(),
+        "a.ac": foreign.ac3d(),
+        "a.x": foreign.direct_x(),
+        "a.amf": foreign.amf(),
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+SHAPE_SEEDS = (  # folder, what writes it, and who names files that are read with another one
+    ("shape", meshes, {".bin": "mesh.gltf", ".mtl": "textured.obj", ".png": "textured.obj"}),
+    ("model-file", models, {".bin": "skin.gltf", ".mtl": "rich.obj", ".png": "rich.obj"}),
+    ("cloud-file", clouds, {".png": "rich.ply"}),
+)
+
+
+def shape_reader(owner: dict[str, str], file: Path):
+    "What reads a folder in which this file is mutated."
+    return lambda folder: read_shape(folder / owner.get(file.suffix, file)).cloud(256)
+
+
+def foreign_reader(file: Path):
+    "The same in a child that has less time and memory than usual."
+
+    def read(folder: Path):
+        with limits(child_seconds=20, child_megabytes=3000):
+            return read_shape(folder / file).cloud(256)
+
+    return read
+
+
 def walk(folder: Path, layout: str | None = None):
     "Every row of a data set."
     found = cg3d.read_dataset(folder, layout)
@@ -137,25 +297,24 @@ def seeds(place: Path) -> list[Seed]:
                         f"{name}/{file}",
                         folder,
                         Path(file),
-                        read(Path(file)) if files is None and name in ("shape", "scene") else read,
+                        read(Path(file))
+                        if files is None and name in ("shape", "model-file", "cloud-file", "foreign", "scene")
+                        else read,
                     )
                 )
 
-    owner = {".bin": "mesh.gltf", ".mtl": "textured.obj", ".png": "textured.obj"}
-    add(
-        "shape",
-        meshes,
-        lambda file: lambda folder: read_shape(folder / owner.get(file.suffix, file)).cloud(256),
-    )
+    for name, writer, owner in SHAPE_SEEDS:
+        add(name, writer, partial(shape_reader, owner))
+    add("foreign", foreigners, foreign_reader)
     add(
         "picture",
         lambda folder: Image.fromarray(rng.integers(0, 255, (32, 24, 3), np.uint8)).save(folder / "p.png"),
-        lambda folder: read_picture(folder / "p.png", 16),
+        lambda folder: read_image(folder / "p.png", 16),
     )
     add(
         "photo",
         lambda folder: Image.fromarray(rng.integers(0, 255, (32, 24, 3), np.uint8)).save(folder / "p.jpg"),
-        lambda folder: read_picture(folder / "p.jpg", 16),
+        lambda folder: read_image(folder / "p.jpg", 16),
     )
 
     def scene(folder):
@@ -188,7 +347,7 @@ def seeds(place: Path) -> list[Seed]:
         )
 
     def search(folder):
-        index = ShapeIndex.open(folder / "index")
+        index = ShapeIndex.load(folder / "index")
         index.verify()
         return index.search(vectors[:1], 2)
 
@@ -198,7 +357,7 @@ def seeds(place: Path) -> list[Seed]:
         entry = manifest["files"]["faiss.index"]
         entry |= {"bytes": (place / entry["file"]).stat().st_size, "sha256": file_hash(place / entry["file"])}
         (place / "manifest.json").write_text(json.dumps(manifest))
-        return ShapeIndex.open(place).search(many[:1], 2)
+        return ShapeIndex.load(place).search(many[:1], 2)
 
     many, numbered = (
         rng.standard_normal((40, 8)).astype(np.float32),
@@ -215,7 +374,7 @@ def seeds(place: Path) -> list[Seed]:
     )
 
     def run(folder):
-        return RunCheckpoint(folder).newest(torch.device("cpu"))
+        return RunCheckpoint(folder).read_newest(torch.device("cpu"))
 
     def two(folder):
         for step in (2, 4):
@@ -243,7 +402,7 @@ def seeds(place: Path) -> list[Seed]:
         lambda folder: read_checkpoint(folder / "w.safetensors"),
     )
     nano = cg3d.load("nano")
-    small = Path(cg3d.models.cg3d.__file__).parents[1] / "data" / "nano-3d"
+    small = data_dir() / "nano-3d"
     add(
         "model",
         lambda folder: shutil.copy(small / "config.json", folder),
@@ -428,11 +587,16 @@ def in_a_process(seed: Seed) -> tuple[str, str]:  # as above
     )
 
 
-def fuzz(count: int, seed: int = 0, keep: Path | None = None) -> tuple[Counter, list[tuple[str, str, str]]]:
+def fuzz(
+    count: int,
+    seed: int = 0,
+    keep: Path | None = None,
+    only: str = "",  # seeds whose names begin so
+) -> tuple[Counter, list[tuple[str, str, str]]]:
     "How many were read and refused, and what went wrong: seed, kind, words."
     rng, wrong, counts, spent = random.Random(seed), [], Counter(), {}
     with tempfile.TemporaryDirectory() as folder:
-        made = seeds(Path(folder))
+        made = [one for one in seeds(Path(folder)) if one.name.startswith(only)]
         for one in made:
             kind, words = outcome(one, (one.folder / one.file).read_bytes())
             if kind != "read":
@@ -467,10 +631,13 @@ if __name__ == "__main__":
         parser.add_argument("--count", type=int, default=5000),
         parser.add_argument("--seed", type=int, default=0),
         parser.add_argument("--keep", type=Path),
+        parser.add_argument(
+            "--only", default="", help="seeds whose names begin so: shape, cloud-file, foreign, ..."
+        ),
     )
     asked, start = parser.parse_args(), time.monotonic()
     torch.set_num_threads(1)
-    counts, wrong = fuzz(asked.count, asked.seed, asked.keep)
+    counts, wrong = fuzz(asked.count, asked.seed, asked.keep, asked.only)
     for name, kind, words in wrong:
         print(f"{name}: {kind}: {words}")
     print(f"{sum(counts.values()):,} inputs in {time.monotonic() - start:.0f} s: {dict(counts)}")

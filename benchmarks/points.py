@@ -11,9 +11,10 @@ import sys
 import time
 
 import torch
+from harness import Row, report, row
 
+from cg3d.core.timing import Comparison, compare, seconds
 from cg3d.geometry.ops import ball_query, farthest_point_sample, gather, knn
-from cg3d.zz.timing import Compared, Row, compare, report, row, seconds
 
 PART = "points"
 
@@ -23,7 +24,7 @@ def cloud(batch: int, points: int, device: str = "cpu") -> torch.Tensor:  # (B, 
     return (torch.rand(batch, points, 3, generator=torch.Generator().manual_seed(points)) * 2 - 1).to(device)
 
 
-def pairs(ours, other, rounds: int, device: str) -> Compared:
+def pairs(ours, other, rounds: int, device: str) -> Comparison:
     "Both in turn, by the clock of the device"
     if device == "cpu":
         return compare(ours, other, rounds, 2, clock=time.process_time)
@@ -194,7 +195,7 @@ def compiled(device: str, rounds: int) -> list[Row]:
 def memory(points: int, queries: int = 1024) -> float:  # MiB
     "What a search among so many points adds to a child process at its peak (Linux: the kernel's mark is set back before)"
     code = (
-        "import torch; torch.set_num_threads(1)\nfrom cg3d.geometry.ops import knn\nfrom cg3d.zz.timing import added_memory\n"
+        "import torch; torch.set_num_threads(1)\nfrom cg3d.geometry.ops import knn\nfrom cg3d.core.timing import added_memory\n"
         f"ref = torch.rand(1, {points}, 3); knn(ref[:, :64], ref[:, :64], 8); print(added_memory(lambda: knn(ref[:, :{queries}], ref, 24)))"
     )
     return float(

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from harness import Row, report
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cg3d.core.distributed import average_gradients, rank, world_size
 from cg3d.core.malloc import keep_freed_memory
+from cg3d.core.timing import seconds
 from cg3d.training.config import TrainConfig
 from cg3d.training.losses import TriModalLoss
 from cg3d.training.pretrain import make_learner, make_triplets, read_data
-from cg3d.zz.timing import Row, report, seconds
 
 GLOBAL = 64  # shapes a step, of all processes together
 

@@ -19,14 +19,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from harness import Row, report
 from threadpoolctl import threadpool_limits
 
 import cg3d
+from cg3d.core.timing import peak_memory
 from cg3d.data.furniture import furniture
 from cg3d.geometry.augment import Augment
-from cg3d.search.backends import IVFPQ_LEAST, approximate_top, exact_top, unit_rows
+from cg3d.search.backends import IVFPQ_MIN_ROWS, approximate_search, exact_search, unit_rows
 from cg3d.search.index import ShapeIndex, search_shards
-from cg3d.zz.timing import Row, peak_memory, report
 
 DIM, PIECE = 512, 50_000  # length of a vector; rows made together
 
@@ -41,7 +42,7 @@ def seen(limit: int) -> tuple[np.ndarray, np.ndarray]:
         ),
     )
     views = [
-        torch.cat([model.embed(part) for part in given.split(64)])
+        torch.cat([model.encode_shape(part) for part in given.split(64)])
         for given in (points, *(change(points, generator) for _ in range(3)))
     ]
     texts = sorted(
@@ -52,7 +53,7 @@ def seen(limit: int) -> tuple[np.ndarray, np.ndarray]:
             if text.strip()
         }
     )
-    return torch.stack(views, 1).numpy(), model.embed_text(texts).numpy()
+    return torch.stack(views, 1).numpy(), model.encode_text(texts).numpy()
 
 
 def mixed(views: np.ndarray, texts: np.ndarray):
@@ -111,7 +112,7 @@ def write(folder: Path, rows: int, draw, queries: dict, asked: int) -> float:  #
             truth=[
                 row
                 for first in range(0, len(asks), 250)
-                for _, row in exact_top(vectors, asks[first : first + 250], 10)
+                for _, row in exact_search(vectors, asks[first : first + 250], 10)
             ],
         )
     return dimensions(vectors[:PIECE])
@@ -134,7 +135,7 @@ def build(folder: Path, kind: str) -> dict:
         time.process_time(),
     )
     if kind != "exact":
-        index.structure()
+        index.faiss_index()
     facts = {
         "build": time.perf_counter() - start,
         "build cpu": time.process_time() - work,
@@ -162,7 +163,7 @@ def ask(folder: Path, kind: str, asked: int, shards: int) -> dict:
     files = {path.stem: np.load(path) for path in sorted(folder.glob("*.npz"))}
     queries = {name: (file["asks"], file["truth"]) for name, file in files.items()}
     before, start = resident(), time.perf_counter()
-    index = ShapeIndex.open(folder / kind)
+    index = ShapeIndex.load(folder / kind)
     facts, start = {"open": time.perf_counter() - start}, time.perf_counter()
     index.search(queries["shape"][0][0])
     facts |= {"first": time.perf_counter() - start, "resident": resident() - before}
@@ -191,8 +192,8 @@ def ask(folder: Path, kind: str, asked: int, shards: int) -> dict:
         asks, bare = queries["shape"][0][:asked], []
         for query in asks[:50]:
             work = time.thread_time()
-            exact_top(index.vectors, query[None], 10) if kind == "exact" else approximate_top(
-                index.structure(), index.vectors, query[None], 10
+            exact_search(index.vectors, query[None], 10) if kind == "exact" else approximate_search(
+                index.faiss_index(), index.vectors, query[None], 10
             )
             bare.append(time.thread_time() - work)
         start = time.perf_counter()
@@ -203,7 +204,7 @@ def ask(folder: Path, kind: str, asked: int, shards: int) -> dict:
         index.search(asks)
         facts["batch"] = len(asks) / (time.perf_counter() - start)
     if shards:
-        before, parts = resident(), [ShapeIndex.open(folder / kind) for _ in range(shards)]
+        before, parts = resident(), [ShapeIndex.load(folder / kind) for _ in range(shards)]
         search_shards(parts, asks[0])
         memory, took = resident() - before, []
         with threadpool_limits(1):
@@ -327,7 +328,7 @@ def cut(folder: Path, rows: int) -> Path:
     vectors = np.load(folder / "vectors.npy", mmap_mode="r")[:rows]
     np.save(place / "vectors.npy", vectors)
     asks = np.load(folder / "shape.npz")["asks"][:200]
-    np.savez(place / "shape.npz", asks=asks, truth=[found for _, found in exact_top(vectors, asks, 10)])
+    np.savez(place / "shape.npz", asks=asks, truth=[found for _, found in exact_search(vectors, asks, 10)])
     return place
 
 
@@ -366,7 +367,7 @@ def measure(quick: bool) -> list[Row]:
             )
             smaller = (
                 [cut(folder, count) for count in (rows // 100, rows // 10)]
-                if rows // 100 >= IVFPQ_LEAST
+                if rows // 100 >= IVFPQ_MIN_ROWS
                 else []
             )
             for kind in kinds:

@@ -14,19 +14,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from harness import Row, report, row
 
+from cg3d.core.timing import compare, peak_memory, seconds
 from cg3d.data.furniture import furniture
 from cg3d.data.shard_writer import write_shards
 from cg3d.data.shards import read_shards
 from cg3d.io.collection import read_collection, write_collection
 from cg3d.io.shape import Shape, read_shape
-from cg3d.pretrained.hub import from_pretrained
+from cg3d.pretrained.factory import load
 from cg3d.search.batch_embed import collection_source, embed_source
-from cg3d.search.ray import cluster, embed_with_ray
+from cg3d.search.ray import embed_with_ray, ray_cluster
 from cg3d.training.config import TrainConfig
 from cg3d.training.pretrain import make_learner, make_triplets
-from cg3d.zz.streams import stream_order
-from cg3d.zz.timing import Row, compare, peak_memory, report, row, seconds
 
 
 def grown(count: int) -> list[Shape]:
@@ -92,12 +92,12 @@ def reading(shapes, folder: Path, rounds: int) -> list[Row]:
             files / f"{shape.id}.npy",
             np.concatenate([shape.points, shape.colors], 1) if shape.colors is not None else shape.points,
         )
-    order, mixed = stream_order(shards.packed.tar, 0, 0), np.random.default_rng(0).permutation(count)
+    order, mixed = np.arange(count), np.random.default_rng(0).permutation(count)
 
     def all_of(rows, window=size):
-        shards.packed.kept = {}
+        shards.packed.cache = {}
         for first in range(0, count, window):
-            shards.packed.records(shards.rows[rows[first : first + window]])
+            shards.packed.read_many(shards.rows[rows[first : first + window]])
 
     def singly():
         return [read_shape(files / f"{i}.npy", points=None) for i in mixed]
@@ -193,7 +193,7 @@ def waiting(folder: Path, steps: int) -> Row:
 
 def embedding(folder: Path, count: int, rounds: int) -> list[Row]:
     "The same shapes in this process and over Ray with one and two workers"
-    model, packed = from_pretrained("nano"), read_collection(folder / "packed")
+    model, packed = load("nano"), read_collection(folder / "packed")
     source, fresh = (
         collection_source(packed.select(np.arange(len(packed)) < count), "benchmark"),
         itertools.count(),
@@ -203,7 +203,7 @@ def embedding(folder: Path, count: int, rounds: int) -> list[Row]:
         return folder / f"e{next(fresh)}.parquet"
 
     start = time.perf_counter()
-    with cluster(2):
+    with ray_cluster(2):
         begun, found = time.perf_counter() - start, []
         for workers in (1, 2):
             times = compare(

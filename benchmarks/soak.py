@@ -95,13 +95,13 @@ if __name__ == "__main__":
     asked = parser.parse_args()
     torch.set_num_threads(1)
     model, shapes = cg3d.load("nano"), cg3d.data.furniture.furniture().select(split="test")
-    index = ShapeIndex.build(model, shapes)
+    index = ShapeIndex.from_items(model, shapes)
     queries = np.random.default_rng(0).standard_normal((asked.calls, index.dim), dtype=np.float32)
     good = soak("search", lambda turn: index.search(queries[turn : turn + 1], 10), asked.calls)
     good &= threads(asked.seconds)
     good &= soak(
         "classify",
-        lambda turn: cg3d.classify(model, shapes[turn % len(shapes)], ["chair", "table", "bed", "lamp"]),
+        lambda turn: model.classify(shapes[turn % len(shapes)], ["chair", "table", "bed", "lamp"]),
         asked.calls,
     )
     sys.exit(not good)

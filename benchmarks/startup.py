@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 
-from cg3d.zz.timing import Row, report
+from harness import Row, report
 
 ANSWER = "import cg3d; from cg3d.io.shape import furniture; model = cg3d.load('nano'{}); model.classify(furniture()[0], ['chair', 'table', 'lamp'])"
 OURS = ANSWER.format("")
@@ -23,7 +23,7 @@ OPEN_CLIP = (
 )
 WORK = {
     "import cg3d": ["-c", "import cg3d"],
-    "cg3d --help": ["-m", "cg3d.cli.app", "--help"],
+    "cg3d --help": ["-m", "cg3d.cli", "--help"],
     "import torch": ["-c", "import torch"],
     "first answer": ["-c", OURS],
     "by open_clip": ["-c", OPEN_CLIP],
@@ -96,7 +96,7 @@ def measure(quick: bool) -> list[Row]:
             statistics.median(ratios),
             min(ratios),
             max(ratios),
-            note="same numbers, nbs/28_nanoclip.ipynb",
+            note="same numbers, nbs/models/05_nano_clip.ipynb",
         ),
         Row(
             "startup",

@@ -20,9 +20,9 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from tqdm.auto import tqdm
 
 from cg3d.core.atomic import write_file
+from cg3d.core.config import check_settings, split_list
 from cg3d.core.errors import Cg3dError, InputError
 from cg3d.core.untrusted import read_json
-from cg3d.training.config import TrainConfig, checked, several
 
 FOLDER = Path(__file__).parent
 PARTS = (
@@ -49,22 +49,11 @@ class BenchmarkConfig:
     out: str = "benchmark"
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            checked(name, value, type(getattr(BenchmarkConfig, name)))
-        unknown = sorted(set(self.scripts) - set(PARTS))
-        if unknown or not self.scripts:
-            raise InputError(
-                f"parts={self.parts!r}: no benchmark {', '.join(unknown) or 'named'}; "
-                f"choose from {', '.join(PARTS)}, or all",
-                field="parts",
-                value=self.parts,
-            )
+        check_settings(self, choices={"parts": ("all", *PARTS)}, separators={"parts": ","})
 
     @property
     def scripts(self) -> list[str]:
-        return list(PARTS) if self.parts == "all" else several(self.parts)
-
-    to_json = TrainConfig.to_json
+        return list(PARTS) if self.parts == "all" else split_list(self.parts)
 
 
 def run_script(

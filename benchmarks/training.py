@@ -18,17 +18,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from harness import Row, report, row
 
 from cg3d.core.malloc import keep_freed_memory
-from cg3d.models.cg3d import load
+from cg3d.core.timing import Comparison, added_memory, compare, peak_memory, seconds
 from cg3d.models.registry import create_encoder
+from cg3d.pretrained.factory import load
 from cg3d.search.batch_embed import collection_source, embed_source
 from cg3d.search.index import ShapeIndex
 from cg3d.training.config import TrainConfig
 from cg3d.training.learner import Learner, TowerCache
 from cg3d.training.losses import TriModalLoss
 from cg3d.training.pretrain import make_learner, make_model, make_triplets, read_data
-from cg3d.zz.timing import Compared, Row, added_memory, compare, peak_memory, report, row, seconds
 
 PART = "training"
 FROZEN = dict(
@@ -161,7 +162,7 @@ def allocator(quick: bool) -> list[Row]:
             (apart("steps", encoder, size, 3, True), apart("steps", encoder, size, 3, False))
             for _ in range(1 if quick else 3)
         ]
-        times = Compared(*(tuple(found["seconds"] for found in way) for way in zip(*pairs)))
+        times = Comparison(*(tuple(found["seconds"] for found in way) for way in zip(*pairs)))
         mib = [statistics.median(found["peak"] for found in way) for way in zip(*pairs)]
         rows.append(
             row(
@@ -194,7 +195,7 @@ def prompted(quick: bool, folder: str) -> list[Row]:
             ),
             folder,
         )
-        kept, forgets = learner.towers, TowerCache(learner.model, limit=0, together=size)
+        kept, forgets = learner.towers, TowerCache(learner.model, limit=0, batch_size=size)
 
         def step(towers: TowerCache) -> None:
             learner.towers = towers
