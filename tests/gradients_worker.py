@@ -6,19 +6,15 @@ from pathlib import Path
 
 import torch
 
+from cg3d.core.config import settings_from
 from cg3d.core.distributed import average_gradients, full_tensors, is_sharded, rank, world_size
-from cg3d.train import started
-from cg3d.training.config import TrainConfig, checked, settings
+from cg3d.train import process_group
+from cg3d.training.config import TrainConfig
 from cg3d.training.pretrain import make_learner, make_triplets, read_data
 
 out, encoder, batch, *more = sys.argv[1:]
 torch.set_num_threads(1)
-fields = {field: type(value) for field, value in vars(TrainConfig()).items()}
-extra = {
-    name: checked(name, fields[name](value), fields[name])
-    for name, value in (pair.split("=") for pair in more)
-}
-config = settings(
+config = settings_from(
     TrainConfig,
     {
         "encoder": encoder,
@@ -33,14 +29,17 @@ config = settings(
         "epochs": 1,
         "out": out,
     }
-    | extra,
+    | dict(pair.split("=") for pair in more),
 )
-with started(config):
-    learner = make_learner(
-        config, out, make_triplets(read_data("furniture"), config, progress=False), progress=False
-    )
+triplets = make_triplets(read_data("furniture"), config, progress=False)
+with process_group(config):
+    learner = make_learner(config, out, triplets, progress=False)
     if os.environ.get("STILL"):
-        [module.eval() for module in learner.model.modules() if isinstance(module, torch.nn.BatchNorm1d)]
+        [
+            module.eval()
+            for module in learner.model.modules()
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+        ]
     learner.model.encoder.double()  # batch norm in float32 turns the order of a sum into 1e-3 of a gradient
     batch = learner.batch()
     found, backward = learner.losses(batch | {"points": batch["points"].double()}, learner.phases[0])

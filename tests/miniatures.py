@@ -308,6 +308,21 @@ def openshape_tests(root):
     return root
 
 
+def ulip2_modelnet(root):
+    """ULIP-2's ModelNet40 test split with 10,000 points, in the folder of the text files; its rgb is not used."""
+    home = root / "modelnet40_normal_resampled"
+    home.mkdir(parents=True, exist_ok=True)
+    names = MODELNET[1::2]
+    entries = [{"name": name, "category": name.rpartition("_")[0]} for name in names]
+    (home / "modelnet40_test_split_10k_colored.json").write_text(json.dumps(entries))
+    clouds = np.empty(len(names), object)
+    clouds[:] = [
+        {"xyz": cloud(MODELNET.index(name), 64), "rgb": np.full((64, 3), 0.9, np.float32)} for name in names
+    ]
+    np.save(home / "modelnet40_colored_10k_pc.npy", clouds, allow_pickle=True)
+    return home
+
+
 def scannet(root):
     """One room: a floor, a two meters high cabinet along z, a bench; a second room only listed."""
     import trimesh

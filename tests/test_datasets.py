@@ -13,7 +13,10 @@ import torch
 from typer.testing import CliRunner
 
 from cg3d.cli.app import app
+from cg3d.core.errors import InputError
+from cg3d.core.paths import data_dir
 from cg3d.core.safe_pickle import load_pickle
+from cg3d.data.furniture import furniture
 from cg3d.data.modelnet import MODELNET10, MODELNET40, SCANOBJECTNN
 from cg3d.data.objaverse import read_neighbors
 from cg3d.data.registry import check_data, list_layouts, read_dataset
@@ -23,7 +26,7 @@ from cg3d.geometry.ops import MISSING_COLOR, check_points, normalize
 # layout -> writer, listed shapes, classes, id and category of row 0, seed of its cloud, points of it
 LAYOUTS = {
     "cg3d": (mini.cg3d, 16, 55, "02691156-1a2b", "airplane", 0, 1100),
-    "ulip": (mini.ulip, 12, 4, "02691156-1a2b", "airplane", 0, 1100),
+    "ulip": (mini.ulip, 12, 55, "02691156-1a2b", "airplane", 0, 1100),
     "modelnet40": (mini.modelnet_text, 6, 40, "airplane_0001", "airplane", 0, 64),
     "modelnet10": (mini.modelnet_text, 2, 10, "night_stand_0001", "night stand", 2, 64),
     "modelnet40_h5": (mini.modelnet_h5, 6, 40, "ply_data_train0-00000", "airplane", 0, 64),
@@ -37,6 +40,7 @@ LAYOUTS = {
         1,
         64,
     ),
+    "modelnet40_ulip2": (mini.ulip2_modelnet, 3, 40, "airplane_0002", "airplane", 1, 64),
     "scanobjectnn_openshape": (
         lambda root: mini.openshape_tests(root) / "scanobjectnn",
         4,
@@ -79,7 +83,7 @@ def test_every_layout_has_a_miniature():
 def test_layout_yields_the_contract(layout):
     name, root, count, classes, first, category, seed, points = layout
     data = read_dataset(root, layout=name)
-    assert len(data) == count and len(data.labels) == classes and data.count == points
+    assert len(data) == count and len(data.labels) == classes and data.points_per_shape == points
     assert data.table["id"].iat[0] == first
     named = data.table["category"] != ""
     assert (
@@ -126,19 +130,19 @@ def test_ids_may_hold_hyphens(tmp_path):
     data = read_dataset(mini.ulip(tmp_path))
     row = data.table["id"].tolist().index("02691156-3c-4d-5e")
     assert (
-        data.table["model"].iat[row] == "3c-4d-5e" and len(data.pictures(row)) == 30
-    )  # depth pictures are left out
+        data.table["model"].iat[row] == "3c-4d-5e" and len(data.view_files(row)) == 30
+    )  # depth renders are left out
     cg3d = read_dataset(mini.cg3d(tmp_path / "cg3d"), split="train")
-    assert len(cg3d.pictures(cg3d.table["id"].tolist().index("02691156-3c-4d-5e"))) == 5
+    assert len(cg3d.view_files(cg3d.table["id"].tolist().index("02691156-3c-4d-5e"))) == 5
 
 
 def test_leaks_are_reported(tmp_path):
     problems = "\n".join(check_data(mini.cg3d(tmp_path)).problems)
     assert (
-        "3 of the 4 shapes of split 'val' stand in 'train'" in problems
-        and "1 of the 4 shapes of split 'val' stand in 'test'" in problems
+        "3 of the 4 shapes of split 'val' are in 'train'" in problems
+        and "1 of the 4 shapes of split 'val' are in 'test'" in problems
     )
-    assert "ShapeNet55/test.txt stand in train_img.txt" in problems
+    assert "ShapeNet55/test.txt are in train_img.txt" in problems
 
 
 def test_classes_stand_in_published_order(tmp_path):
@@ -246,20 +250,20 @@ def test_missing_files_are_named(tmp_path, layout, writer, victim, count):
     )
 
 
-def test_lost_pictures_are_named(tmp_path):
+def test_lost_views_are_named(tmp_path):
     root = mini.cg3d(tmp_path)
     shutil.rmtree(root / "shapenet_render/img/03001627/3c-4d-5e")
     assert any(
-        "1 of 8 shapes have no pictures, first '03001627-3c-4d-5e'" in problem
+        "1 of 8 shapes have no views, first '03001627-3c-4d-5e'" in problem
         for problem in check_data(root).problems
     )
     data = read_dataset(root, split="train")
     with pytest.raises(FileNotFoundError, match="03001627-3c-4d-5e"):
-        data.pictures(data.table["id"].tolist().index("03001627-3c-4d-5e"))
+        data.view_files(data.table["id"].tolist().index("03001627-3c-4d-5e"))
     shutil.rmtree(root / "shapenet_render/img")
     assert (
-        any("no pictures" in problem for problem in check_data(root).problems)
-        and not read_dataset(root).has_pictures
+        any("no views" in problem for problem in check_data(root).problems)
+        and not read_dataset(root).has_views
     )
 
 
@@ -414,3 +418,156 @@ def test_the_command_says_what_it_found(tmp_path):
         row["split"]: (row["listed"], row["missing"]) for row in report["splits"]
     } == {"train": (8, 0), "test": (4, 1)}
     assert "02691156-6f70.npy" in answer.stdout and answer.exit_code != 0
+
+
+def test_furniture_set():
+    shapes = furniture()
+    counts = shapes.table["split"].value_counts().to_dict()
+    assert len(shapes) == 790 and counts == {"train": 637, "test": 92, "val": 61}
+    points = shapes.points(slice(0, 790, 40))
+    assert points[..., :3].norm(dim=-1).amax(1).allclose(torch.ones(len(points)))
+    assert points[..., 3:].amin() >= 0 and points[..., 3:].amax() <= 1
+    assert (shapes.table["query"] == "").eq(shapes.table["split"] == "test").all()
+    assert (shapes.table[["name", "id", "license", "creator", "caption"]] != "").all(axis=None)
+    notes = (data_dir() / "ATTRIBUTION.md").read_text(encoding="utf-8")
+    assert all(f"**{creator}**" in notes for creator in shapes.table["creator"].unique())
+
+
+def test_ulip2s_colored_modelnet_is_not_replaced_by_the_colorless_one(tmp_path):
+    """The colored file lies in the folder of the text files: the caller has to say which is meant."""
+    text = mini.modelnet_text(tmp_path)
+    assert read_dataset(text).layout == "modelnet40"
+    mini.ulip2_modelnet(tmp_path)
+    with pytest.raises(InputError, match="modelnet40, modelnet40_ulip2; say which with layout="):
+        read_dataset(text)
+    data = read_dataset(text, layout="modelnet40_ulip2")
+    assert data.table["split"].unique().tolist() == ["test"] and data.labels[23] == "night stand"
+    assert data.table["label"].tolist() == [0, 23, 36]
+    assert (data.points()[..., 3:] == 0.4).all()  # the file holds 0.9; ULIP-2's loader writes 0.4
+    stored = read_dataset(text, layout="modelnet40_ulip2", normalized=False)
+    assert np.array_equal(stored.points()[0, :, :3], mini.cloud(1, 64))  # as stored, as ULIP-2 evaluates it
+    (text / "modelnet40_test_split_10k_colored.json").write_text('[{"category": "airplane"}]')
+    with pytest.raises(InputError, match="3 clouds for 1 rows of modelnet40_test_split_10k_colored.json"):
+        read_dataset(text, layout="modelnet40_ulip2")
+
+
+@pytest.mark.parametrize("layout", ["scanobjectnn_obj_bg", "scanobjectnn_obj_only"])
+def test_scanobjectnn_as_cg3ds_loader_reads_it(tmp_path, layout):
+    root = mini.scanobjectnn(tmp_path)
+    data = read_dataset(root, layout=layout, split="test", normalized=False)
+    unit = read_dataset(root, layout=layout, split="test")
+    for row in range(len(data)):
+        assert np.array_equal(data.points([row])[0, :, :3], data[row].points)  # meters, not centered
+    assert (
+        data.points()[..., :3].norm(dim=-1).amin() > 2 > 1 + 1e-5 > unit.points()[..., :3].norm(dim=-1).amax()
+    )
+    assert data.lazy_points().key != unit.lazy_points().key  # other coordinates, other views
+    assert data.select([True] + [False] * 4).points().shape == (1, 32, 6)
+    with pytest.raises(InputError, match="normalized=False"):
+        read_dataset(data_dir() / "furniture", normalized=False)
+
+
+def test_one_color_above_one_does_not_turn_a_cloud_black(tmp_path):
+    root = mini.cg3d(tmp_path)
+    file = root / "ShapeNet55/shapenet_pc/02691156-1a2b.npy"
+    rgb = np.full((1100, 3), 0.5)
+    rgb[7, 1] = 1.0000001
+    np.save(file, np.hstack([mini.cloud(0), rgb]))
+    colors = read_dataset(root)[0].colors
+    assert (np.delete(colors, 7, 0) == 0.5).all() and colors.max() == 1
+    for factor, largest in ((255, 1.0), (100, 100 / 255)):
+        np.save(file, np.hstack([mini.cloud(0), np.full((1100, 3), factor)]))
+        assert read_dataset(root)[0].colors.max() == pytest.approx(largest)
+    np.save(file, np.hstack([mini.cloud(0), rgb * 1.4]))  # neither range
+    with pytest.raises(InputError, match="02691156-1a2b.npy: the largest color is"):
+        read_dataset(root)[0]
+
+
+def test_colors_of_openshapes_scanobjectnn_have_one_range(tmp_path):
+    """A nearly black cloud of a set in 0..255 stays black: the whole file decides the range, not one cloud."""
+    root = mini.openshape_tests(tmp_path) / "scanobjectnn"
+    data = np.load(root / "xyz_label.npy", allow_pickle=True).item()
+    data["rgb"] = np.stack([np.full((32, 3), value, np.float32) for value in (1, 255, 0, 51)])
+    np.save(root / "xyz_label.npy", data, allow_pickle=True)
+    collection = read_dataset(root)
+    colors = [float(collection[row].colors.max()) for row in range(4)]
+    assert colors == pytest.approx([1 / 255, 1, 0, 0.2])
+
+
+def drop_line(file, index):
+    lines = file.read_text().splitlines()
+    del lines[index]
+    file.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    "layout,writer,file",
+    [
+        ("modelnet40", mini.modelnet_text, "modelnet40_shape_names.txt"),
+        ("modelnet10", mini.modelnet_text, "modelnet10_shape_names.txt"),
+        ("modelnet40_h5", mini.modelnet_h5, "shape_names.txt"),
+        ("cg3d", mini.cg3d, "shapenet_render/shape_names.txt"),
+    ],
+)
+def test_an_incomplete_class_list_does_not_renumber_the_classes(tmp_path, layout, writer, file):
+    root = writer(tmp_path)
+    before = read_dataset(root, layout=layout)
+    drop_line(root / file, 1)
+    with pytest.raises(InputError, match=f"{file.rpartition('/')[2]}: .* published classes, without"):
+        read_dataset(root, layout=layout)
+    (root / file).unlink()
+    again = read_dataset(root, layout=layout)  # the published list
+    assert again.labels == before.labels and again.table["label"].tolist() == before.table["label"].tolist()
+
+
+def test_an_lvis_list_that_lacks_classes_does_not_renumber_the_others(tmp_path):
+    root = mini.uni3d_lvis(tmp_path / "uni3d")
+    drop_line(root / "lvis_testset.txt", 1)
+    with pytest.raises(InputError, match="lvis_testset.txt: class 1 has no row"):
+        read_dataset(root)
+    numbers = {"CD_player": 0, "bat_(sports_equipment)": 1, "bat_(animal)": 2}
+    (root / "objaverse_lvis_metadata.json").write_text(json.dumps({"key_to_id": numbers}))
+    data = read_dataset(root, names="verbatim")
+    assert data.labels == list(numbers) and data.table["label"].tolist() == [2, 0]
+    ulip = mini.ulip_lvis(tmp_path / "ulip")
+    paths = json.loads((ulip / "lvis.json").read_text())
+    del paths["bb22"]
+    (ulip / "lvis.json").write_text(json.dumps(paths))
+    data = read_dataset(ulip, names="verbatim")
+    assert data.labels == [category for _, category, _ in mini.LVIS] and data.table["label"].tolist() == [
+        0,
+        2,
+    ]
+
+
+def test_another_number_of_lvis_classes_is_a_warning(tmp_path):
+    root = mini.objaverse(tmp_path)
+    with pytest.warns(UserWarning, match="2 classes, Objaverse-LVIS has 1,156"):
+        read_dataset(root / "meta_data/split/lvis.json")
+    assert any("Objaverse-LVIS has 1,156" in problem for problem in check_data(root, "openshape").problems)
+
+
+def test_labels_of_ulip_are_the_55_synsets(tmp_path):
+    data = read_dataset(mini.ulip(tmp_path))
+    assert data.labels[0] == "airplane" and data.labels[8] == "bookshelf" and data.labels[-1] == "washer"
+    assert "display" in data.labels and len(set(data.labels)) == 55
+
+
+def test_digits_stay_text(tmp_path):
+    root = mini.folder(tmp_path / "mine")
+    header = "file,id,name,category,split,caption,tags\n"
+    (root / "names.csv").write_text(header + "a-box.stl,007,0010,02691156,01,100,00\n")
+    data = read_dataset(root)
+    shape = data[0]
+    assert (shape.id, shape.name, shape.category, shape.caption) == ("007", "0010", "02691156", "100")
+    assert shape.tags == ("00",) and data.labels == ["02691156"] and data.table["split"].tolist() == ["01"]
+    assert len(data.select(category="02691156")) == 1
+
+
+def test_a_collection_survives_pickling(tmp_path):
+    """Workers of Ray receive collections."""
+    cloudpickle = pytest.importorskip("cloudpickle")
+    data = read_dataset(mini.ulip(tmp_path), points=64)
+    again = pickle.loads(cloudpickle.dumps(data))
+    assert torch.equal(again.points([3, 1]), data.points([3, 1])) and again.points_per_shape == 64
+    assert again.lazy_points().key == data.lazy_points().key

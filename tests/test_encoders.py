@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from cg3d.models.layers import compile_encoder
+from cg3d.models import layers
+from cg3d.models.layers import WarmBatchNorm1d, compile_encoder, group_points, max_over_neighbors
 from cg3d.models.registry import create_encoder, list_encoders
 
 ENCODERS = list_encoders()
@@ -162,9 +163,9 @@ def test_bad_clouds_and_settings_are_errors(name):
             model(wrong)
     with pytest.raises(ValueError, match="no setting 'widht'"):
         create_encoder(name, widht=3)
-    with pytest.raises(ValueError, match="in_channels is 4"):
+    with pytest.raises(ValueError, match="in_channels=4 is unknown; choose from 3, 6"):
         create_encoder(name, in_channels=4)
-    with pytest.raises(ValueError, match="dim is 0"):
+    with pytest.raises(ValueError, match="dim=0 must be at least 1"):
         create_encoder(name, dim=0)
 
 
@@ -268,4 +269,115 @@ def test_a_compiled_encoder_is_translated_once(name, monkeypatch):
     for _ in range(14):
         quick(cloud()).sum().backward()
         seen.append(len(graphs))
-    assert seen[:9] == [0] * 9 and 0 < seen[11] == seen[-1], seen
+    assert seen[:9] == [0] * 9 and seen[11] == seen[-1] == 1, "one graph without a break"
+
+
+def test_compiling_leaves_the_search_alone():
+    "compile_encoder rewrote a global of its module, for every encoder of the process."
+    before = dict(vars(layers))
+    compile_encoder(encoder("pointnet"))
+    assert {name: value for name, value in vars(layers).items() if before.get(name) is not value} == {}
+
+
+def test_neighborhoods_are_the_same_under_autocast():
+    xyz = cloud(channels=3)
+    centers, around = group_points(xyz, 64, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = group_points(xyz, 64, 24)
+        assert torch.equal(low[0], centers) and torch.equal(low[1], around)
+    low = group_points(xyz.bfloat16().float(), 64, 24)
+    assert not torch.equal(low[1].sort(-1).values, around.sort(-1).values), "bfloat16 does change neighbors"
+
+
+def test_searches_give_shapes_without_values():
+    "What torch.compile and fake tensors see: sizes and types of the indices."
+    for xyz in (torch.empty(3, 100, 3, device="meta"), torch.rand(3, 100, 3)):
+        centers, around = group_points(xyz, 8, 5)
+        assert centers.shape == (3, 8) and around.shape == (3, 8, 5) and centers.device == xyz.device
+        assert centers.dtype == around.dtype == torch.int64
+    with pytest.raises(ValueError, match="cannot take k=200 points from clouds of 100"):
+        group_points(torch.rand(3, 100, 3), 200, 5)
+    assert not group_points(torch.rand(3, 100, 3, requires_grad=True), 8, 5)[0].requires_grad
+
+
+@pytest.mark.parametrize("parts", [2, 10, 16])
+def test_batch_norm_is_restored_by_its_buffers(parts):
+    """A step whose running statistics are put back and computed again, as gradient caching does: the second pass
+    must not take the momentum of the tenth batch (3.25 instead of 4.96 with ten parts of mean 5)."""
+    torch.manual_seed(0)
+    batches = [torch.randn(64, 4) + 5 for _ in range(parts)]
+    sequential, replayed = WarmBatchNorm1d(4), WarmBatchNorm1d(4)
+    for batch in batches:
+        sequential(batch)
+    kept = [buffer.clone() for buffer in replayed.buffers()]
+    for batch in batches:
+        replayed(batch)
+    for buffer, value in zip(replayed.buffers(), kept, strict=True):
+        buffer.copy_(value)
+    for batch in batches:
+        replayed(batch)
+    assert torch.equal(replayed.running_mean, sequential.running_mean)
+    assert torch.equal(replayed.running_var, sequential.running_var)
+    assert replayed.running_mean.mean() > 4.9
+
+
+def test_batch_norm_goes_on_where_its_state_was_saved():
+    torch.manual_seed(0)
+    batches = [torch.randn(64, 4) + 5 for _ in range(6)]
+    whole, first, second = WarmBatchNorm1d(4), WarmBatchNorm1d(4), WarmBatchNorm1d(4)
+    for batch in batches:
+        whole(batch)
+    for batch in batches[:3]:
+        first(batch)
+    second.load_state_dict(first.state_dict())
+    copied = copy.deepcopy(first)
+    for batch in batches[3:]:
+        second(batch)
+        copied(batch)
+    for resumed in (second, copied):
+        assert torch.equal(resumed.running_mean, whole.running_mean) and resumed.batches_seen() == 6
+    assert not whole.warm
+    whole.num_batches_tracked.fill_(9)
+    assert whole.warm
+    assert set(whole.state_dict()) == set(torch.nn.BatchNorm1d(4).state_dict())
+
+
+def test_batch_norm_reads_its_counter_only_when_it_was_changed():
+    "int() of a tensor on a GPU waits for the GPU; it must not happen at every layer of every step."
+    read = []
+
+    class Counter(torch.Tensor):
+        def __int__(self):
+            read.append(1)
+            return int(self.as_subclass(torch.Tensor))
+
+    norm = WarmBatchNorm1d(4)
+    norm._buffers["num_batches_tracked"] = torch.tensor(0).as_subclass(Counter)
+    for _ in range(30):
+        norm(torch.randn(8, 4))
+    assert len(read) == 1 and norm.batches_seen() == 30
+    norm.num_batches_tracked.fill_(3)
+    assert norm.batches_seen() == 3 and len(read) == 2
+
+
+def test_batch_norm_over_processes_by_device(monkeypatch):
+    "PyTorch's SyncBatchNorm where it exists, the package's own on CPUs."
+    used = []
+    monkeypatch.setattr(layers, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.nn.SyncBatchNorm, "forward", lambda self, x: used.append("torch") or x)
+    monkeypatch.setattr(WarmBatchNorm1d, "_across_cpus", lambda self, x: used.append("own") or x)
+    norm = WarmBatchNorm1d(4)
+    norm(torch.randn(8, 4))
+    norm(torch.empty(8, 4, device="meta"))
+    norm.eval()(torch.randn(8, 4))
+    assert used == ["own", "torch", "torch"]
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_the_first_of_equal_maxima_takes_the_gradient(compiling, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)  # the way of other devices
+    rows = torch.tensor([[1.0, 2], [3, 2], [3, 0]], requires_grad=True)
+    out = max_over_neighbors(rows[None])
+    assert out.tolist() == [[3, 2]]
+    out.sum().backward()
+    assert rows.grad.tolist() == [[0, 1], [1, 0], [0, 0]]

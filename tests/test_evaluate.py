@@ -1,4 +1,4 @@
-"""The judge: known answers, the protocol beside every number, no choice on the test rows, and names that stand for no model."""
+"""Evaluation: known answers, the protocol in every row, no selection on test rows, names of models, probes."""
 
 import json
 import os
@@ -11,9 +11,11 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from published_layouts import write_layout
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import cg3d
 from cg3d.data.furniture import furniture
 from cg3d.evaluation.comparison import (
     Protocol,
@@ -23,41 +25,41 @@ from cg3d.evaluation.comparison import (
     open_model,
     predict,
 )
+from cg3d.evaluation.embedding_benchmark import evaluate_towers, scored_categories, scored_rows
 from cg3d.evaluation.linear_probe import ViewEncoder, few_shot, linear_probe
 from cg3d.evaluation.zero_shot import (
+    ENCODER,
+    IMAGE_TOWER,
     MAJORITY,
-    SHAPE,
     TEMPLATE_SETS,
-    TOWER,
-    confused,
-    directions,
+    accuracy_table,
+    confusion_table,
+    parse_templates,
     published_templates,
-    results,
-    templates_of,
+    zero_shot_weights,
 )
 from cg3d.io.collection import Collection, Packed, write_collection
 from cg3d.models.cg3d import CG3D
 from cg3d.models.registry import create_encoder
 from cg3d.pretrained.loading import load_published
-from cg3d.zz.layouts import write_layout
 
 ROOT = Path(__file__).parent.parent
 LABELS = ["ball", "cone", "cube", "disc"]
-TRUTH = [0, 0, 0, 1, 1, 2, 3, 3, 3, 3]  # of the test rows
-ASKED = ["templates", "text", "points", "up", "color", "seen", "views"]
+TRUE_LABELS = [0, 0, 0, 1, 1, 2, 3, 3, 3, 3]  # of the test rows
+PROTOCOL_COLUMNS = ["templates", "text", "points", "up", "color", "seen", "views"]
 
 
-def toys(truth=TRUTH, splits=("train", "val", "test"), points=128, colored=True, names=LABELS):
-    """Clouds whose color tells the label: red channel (label + 1) / 10."""
-    random, all_of = np.random.default_rng(0), list(truth) * len(splits)
-    n = len(all_of)
-    colors = np.repeat((np.array(all_of)[:, None, None] + 1) * 25, points, 1).repeat(3, 2).astype(np.uint8)
+def toys(truth=TRUE_LABELS, splits=("train", "val", "test"), points=128, colored=True, names=LABELS):
+    """Clouds whose color encodes the label: red channel (label + 1) / 10."""
+    random, targets = np.random.default_rng(0), list(truth) * len(splits)
+    n = len(targets)
+    colors = np.repeat((np.array(targets)[:, None, None] + 1) * 25, points, 1).repeat(3, 2).astype(np.uint8)
     arrays = {
         "points": random.integers(-20000, 20000, (n, points, 3)).astype(np.int16),
         "colors": colors,
         "has_color": np.full(n, colored),
     }
-    words = [names[i] for i in all_of]
+    words = [names[i] for i in targets]
     table = pd.DataFrame(
         {
             "name": words,
@@ -75,35 +77,34 @@ def untrained():
     return CG3D.build(encoder="pointnet", clip="nano", clip_weights="random", points=64).eval()
 
 
-class Told:
-    """A model that answers as it is told: label -> answer. It wraps a real one for the towers, and counts what it sees."""
+class KnownAnswers:
+    """A model with given predictions (label -> prediction). It wraps a real one for the towers and counts clouds."""
 
     def __init__(self, model, answers, labels=LABELS, templates="own"):
         self.model, self.answers, self.seen = model, torch.tensor(answers), 0
-        self.words = directions(model.prompts, labels, templates_of(templates))
+        self.words = zero_shot_weights(model.prompts, labels, parse_templates(templates))
 
     def __getattr__(self, name):
         return getattr(self.model, name)
 
-    def embed(self, points):
+    def encode_shape(self, points):
         self.seen += len(points)
         return self.words[self.answers[(points[:, 0, 3] * 10.2).round().long() - 1]]
 
 
 def test_known_answers(untrained):
-    perfect = predict(Told(untrained, [0, 1, 2, 3]), toys(), LABELS).table.set_index("method")
-    assert perfect.loc[SHAPE, ["top1", "top3", "mean_class"]].tolist() == [100, 100, 100] and perfect.loc[
-        SHAPE, ["shapes", "classes"]
+    perfect = predict(KnownAnswers(untrained, [0, 1, 2, 3]), toys(), LABELS).table.set_index("method")
+    assert perfect.loc[ENCODER, ["top1", "top3", "mean_class"]].tolist() == [100, 100, 100] and perfect.loc[
+        ENCODER, ["shapes", "classes"]
     ].tolist() == [10, 4]
     assert perfect.loc[MAJORITY, ["top1", "top3", "mean_class"]].tolist() == [
         40,
         90,
         25,
     ]  # disc 4 of 10, then ball 3, cone 2
-    one = predict(
-        Told(untrained, [0, 1, 3, 0]), toys(), LABELS
-    )  # the cube is taken for a disc, discs for balls: 5 of 10, classes 1, 1, 0, 0
-    assert one.table.set_index("method").loc[SHAPE, ["top1", "mean_class"]].tolist() == [50, 50]
+    # the cube is predicted as disc, discs as balls: 5 of 10 correct, classes 1, 1, 0, 0
+    one = predict(KnownAnswers(untrained, [0, 1, 3, 0]), toys(), LABELS)
+    assert one.table.set_index("method").loc[ENCODER, ["top1", "mean_class"]].tolist() == [50, 50]
     table = one.per_class.set_index("label")
     assert table["shapes"].to_dict() == {"ball": 3, "cone": 2, "cube": 1, "disc": 4} and table[
         "top1"
@@ -113,18 +114,18 @@ def test_known_answers(untrained):
         and table.loc["disc", "taken for"] == "ball"
         and table.loc["ball", "taken for"] == ""
     )
-    counts = confused(one.scores[SHAPE], one.target, LABELS)
+    counts = confusion_table(one.scores[ENCODER], one.target, LABELS)
     assert (
         counts.loc["disc", "ball"] == 4
         and counts.loc["cube", "disc"] == 1
         and counts.to_numpy().sum() == 10
         and np.trace(counts.to_numpy()) == 5
     )
-    told = one.predictions
+    predictions = one.predictions
     assert (
-        told["true"].tolist() == [LABELS[i] for i in TRUTH]
-        and (told["first"] == told["true"]).sum() == 5
-        and told["id"].tolist() == [f"s{i}" for i in range(20, 30)]
+        predictions["true"].tolist() == [LABELS[i] for i in TRUE_LABELS]
+        and (predictions["first"] == predictions["true"]).sum() == 5
+        and predictions["id"].tolist() == [f"s{i}" for i in range(20, 30)]
     )
 
 
@@ -137,13 +138,13 @@ def test_accuracies_by_hand():
             [0.1, 0.2, 0.3, 0.4, 0.5, 0.6],
         ]
     )
-    row = results({"x": scores}, torch.tensor([0, 0, 4, 0])).iloc[0]  # ranks 1, 2, 5, 6
+    row = accuracy_table({"x": scores}, torch.tensor([0, 0, 4, 0])).iloc[0]  # ranks 1, 2, 5, 6
     assert (row["top1"], row["top3"], row["top5"]) == (25, 50, 75) and row["mean_class"] == pytest.approx(
         100 / 6, abs=0.01
     )  # label 0: 1 of 3, label 4: 0 of 1
 
 
-def test_one_table_of_models_sets_and_ways(untrained, tmp_path):
+def test_one_table_of_models_sets_and_protocols(untrained, tmp_path):
     other = CG3D.build(
         encoder="pointnet",
         clip="nano",
@@ -166,11 +167,11 @@ def test_one_table_of_models_sets_and_ways(untrained, tmp_path):
         "toys": 1,
         "gray": 1,
     }
-    for method in (SHAPE, TOWER):
+    for method in (ENCODER, IMAGE_TOWER):
         assert (table["method"] == method).sum() == 8
     assert set(table["split"]) == {"test"} and set(table["shapes"]) == {10} and set(table["classes"]) == {4}
     row = table.set_index(["model", "data", "templates", "method"]).sort_index()
-    assert row.loc[("a", "toys", "own (16)", SHAPE), ASKED[1:]].tolist() == [
+    assert row.loc[("a", "toys", "own (16)", ENCODER), PROTOCOL_COLUMNS[1:]].tolist() == [
         "normalized",
         "64 of 128",
         "y",
@@ -178,7 +179,7 @@ def test_one_table_of_models_sets_and_ways(untrained, tmp_path):
         "whole",
         0,
     ]
-    assert row.loc[("a", "toys", "single (1)", SHAPE), ASKED[1:]].tolist() == [
+    assert row.loc[("a", "toys", "single (1)", ENCODER), PROTOCOL_COLUMNS[1:]].tolist() == [
         "as it is",
         "64 of 128",
         "y",
@@ -186,7 +187,7 @@ def test_one_table_of_models_sets_and_ways(untrained, tmp_path):
         "one side (seed 3)",
         0,
     ]
-    assert row.loc[("a", "toys", "single (1)", TOWER), ASKED[1:]].tolist() == [
+    assert row.loc[("a", "toys", "single (1)", IMAGE_TOWER), PROTOCOL_COLUMNS[1:]].tolist() == [
         "as it is",
         "128 of 128",
         "y",
@@ -195,16 +196,16 @@ def test_one_table_of_models_sets_and_ways(untrained, tmp_path):
         2,
     ]
     assert (
-        row.loc[("b", "toys", "own (16)", SHAPE), "color"] == "unused"
-        and row.loc[("b", "toys", "own (16)", SHAPE), "points"] == "256 of 128, repeated"
+        row.loc[("b", "toys", "own (16)", ENCODER), "color"] == "unused"
+        and row.loc[("b", "toys", "own (16)", ENCODER), "points"] == "256 of 128, repeated"
     )
-    assert row.loc[("a", "gray", "own (16)", SHAPE), "color"] == "0 % of shapes"
+    assert row.loc[("a", "gray", "own (16)", ENCODER), "color"] == "0 % of shapes"
     same = compare_models({"a": untrained}, {"toys": toys()}, labels=LABELS)[0]
-    assert torch.equal(same.scores[SHAPE], answers[0].scores[SHAPE])
+    assert torch.equal(same.scores[ENCODER], answers[0].scores[ENCODER])
 
 
-def test_the_table_needs_answers():
-    with pytest.raises(ValueError, match="no answers"):
+def test_the_table_needs_results():
+    with pytest.raises(ValueError, match="no results"):
         comparison_table([])
 
 
@@ -221,7 +222,7 @@ def test_the_table_needs_answers():
         ("train", "testing"),
     ],
 )
-def test_nothing_is_chosen_on_judged_or_test_rows(untrained, split, choose_on):
+def test_nothing_is_selected_on_evaluated_or_test_rows(untrained, split, choose_on):
     with pytest.raises(ValueError, match=f"choose_on='{choose_on}' would choose"):
         compare_models(
             {"a": untrained},
@@ -233,9 +234,9 @@ def test_nothing_is_chosen_on_judged_or_test_rows(untrained, split, choose_on):
         )
 
 
-def test_the_choice_is_made_on_validation_rows_alone(untrained):
-    """Good on validation, bad on test is chosen over the reverse; the other never sees a test row."""
-    good, bad = Told(untrained, [0, 1, 2, 3]), Told(untrained, [1, 2, 3, 0])
+def test_the_selection_uses_validation_rows_alone(untrained):
+    """Good on validation, bad on test is selected over the reverse; the other gets no test row."""
+    good, bad = KnownAnswers(untrained, [0, 1, 2, 3]), KnownAnswers(untrained, [1, 2, 3, 0])
     shapes = toys()
     swapped = (
         shapes.table["split"].eq("test").to_numpy()
@@ -245,7 +246,7 @@ def test_the_choice_is_made_on_validation_rows_alone(untrained):
     ]
     (one,) = compare_models({"bad": bad, "good": good}, {"toys": shapes}, labels=LABELS, choose_on="val")
     assert one.model == "good" and one.table["top1"].iloc[0] == 0 and (good.seen, bad.seen) == (20, 10)
-    assert set(comparison_table([one]).loc[lambda table: table["method"] == SHAPE, "chosen on"]) == {"val"}
+    assert set(comparison_table([one]).loc[lambda table: table["method"] == ENCODER, "chosen on"]) == {"val"}
 
 
 class Lengths(nn.Module):
@@ -265,9 +266,9 @@ class Lengths(nn.Module):
         )
 
 
-def test_normalized_text_and_the_official_way():
-    whole = directions(Lengths(), ["p", "q"], ["a {}", "the {}"])
-    raw = directions(Lengths(), ["p", "q"], ["a {}", "the {}"], normalize=False)
+def test_normalized_text_and_the_official_protocol():
+    whole = zero_shot_weights(Lengths(), ["p", "q"], ["a {}", "the {}"])
+    raw = zero_shot_weights(Lengths(), ["p", "q"], ["a {}", "the {}"], normalize=False)
     assert torch.allclose(whole, torch.tensor([[0.5**0.5, 0.5**0.5], [0, 1]])) and torch.equal(
         raw, torch.tensor([[1.5, 0.5], [0, 2]])
     )
@@ -289,7 +290,7 @@ def test_template_sets():
     assert TEMPLATE_SETS["ulip64"] == ("a point cloud model of {}.", *published_templates(False)) and not any(
         "point cloud" in sentence for sentence in TEMPLATE_SETS["cg3d63"]
     )
-    assert templates_of("a {} | the {}") == ("a {}", "the {}")
+    assert parse_templates("a {} | the {}") == ("a {}", "the {}")
     with pytest.raises(ValueError, match="own, single, cg3d63, ulip64"):
         Protocol("ulip63")
     with pytest.raises(ValueError, match="views=0"):
@@ -300,23 +301,23 @@ def test_template_sets():
     "options,error,words",
     [
         (dict(split="exam"), ValueError, "split='exam'; there are test, train, val"),
-        (dict(labels=["chair"]), ValueError, "no shape carries|at least two"),
+        (dict(labels=["chair"]), ValueError, "no shape has|at least two"),
         (dict(labels=["ball"]), ValueError, "at least two labels"),
         (dict(labels=["ball", "ball"]), ValueError, "given 2 times"),
         (dict(labels=["ball", " "]), ValueError, "blank"),
         (dict(labels="ball"), TypeError, "single string"),
-        (dict(labels=["sofa", "bed"]), ValueError, "no shape carries one of the 2 labels"),
+        (dict(labels=["sofa", "bed"]), ValueError, "no shape has one of the 2 labels"),
         (dict(column="kind"), ValueError, "no column 'kind'"),
         (dict(min_shapes=1000), ValueError, "lower min_shapes"),
         (dict(protocols=[]), ValueError, "at least one"),
     ],
 )
-def test_bad_questions(untrained, options, error, words):
+def test_wrong_arguments(untrained, options, error, words):
     with pytest.raises(error, match=words):
         compare_models({"a": untrained}, {"toys": toys()}, **options)
 
 
-def test_labels_are_the_given_the_published_or_the_frequent():
+def test_labels_are_the_given_the_official_or_the_frequent():
     assert label_list(toys(), ["disc", "ball"]) == ["disc", "ball"] and label_list(toys(), min_shapes=6) == [
         "ball",
         "cone",
@@ -334,7 +335,9 @@ def test_names_of_models(untrained, tmp_path, monkeypatch):
     tiny.save(tmp_path / "runs" / "mine")
     for name in ("mine", str(tmp_path / "runs" / "mine")):
         assert torch.allclose(
-            open_model(name).embed(toys().points([0])), tiny.embed(toys().points([0])), atol=1e-3
+            open_model(name).encode_shape(toys().points([0])),
+            tiny.encode_shape(toys().points([0])),
+            atol=1e-3,
         )
     run = tmp_path / "runs" / "mine"
     whole, state = (run / "model.safetensors").read_bytes(), load_file(run / "model.safetensors")
@@ -360,7 +363,7 @@ def test_names_of_models(untrained, tmp_path, monkeypatch):
         open_model("./no/such.pt")
 
 
-def test_published_weights_are_judged_under_their_contract(tmp_path):
+def test_published_weights_are_evaluated_under_their_contract(tmp_path):
     file = write_layout(tmp_path / "ulip.pt", "ulip/pointmlp", small_towers=True)
     model = open_model(str(file))
     assert model.report.family == "ulip"
@@ -372,7 +375,7 @@ def test_published_weights_are_judged_under_their_contract(tmp_path):
         and row["color"] == "unused"
         and row["up"] == ("z" if model.contract.swap_yz else "y")
     )
-    assert answer.table["method"].tolist()[:3] == [SHAPE, MAJORITY, TOWER]
+    assert answer.table["method"].tolist()[:3] == [ENCODER, MAJORITY, IMAGE_TOWER]
     with pytest.raises(ValueError, match="reads clouds of"):
         model.encoder(few.points())
     assert open_model(f"{file}?points=512").contract.points == 512
@@ -392,7 +395,7 @@ def test_published_weights_are_judged_under_their_contract(tmp_path):
 
 
 class Color(nn.Module):
-    """Knows the label's color, and nothing else."""
+    """One-hot vector of the color, which encodes the label."""
 
     def forward(self, points):
         return F.one_hot((points[:, 0, 3] * 10.2).round().long(), 6).float() + 0.5
@@ -417,7 +420,7 @@ def test_labels_with_fewer_examples_than_shots(tmp_path):
     )
 
 
-def test_the_image_tower_is_probed_as_an_encoder(untrained, tmp_path):
+def test_the_image_tower_is_evaluated_as_an_encoder(untrained, tmp_path):
     eye, two = ViewEncoder(untrained.backbone), ViewEncoder(untrained.backbone, 2)
     clouds = toys([0, 1], splits=("test",)).points()
     assert eye(clouds).shape == two(clouds).shape == (2, untrained.backbone.dim) and not torch.allclose(
@@ -435,21 +438,76 @@ def test_the_image_tower_is_probed_as_an_encoder(untrained, tmp_path):
     )
 
 
-def test_a_fresh_encoder_is_a_floor_not_a_failure(tmp_path):
+def test_an_untrained_encoder_is_between_chance_and_the_trained_one(tmp_path):
+    labels = ["chair", "table", "person", "lamp"]
+    train, test = (furniture().select(split=split, category=labels) for split in ("train", "test"))
     torch.manual_seed(0)
-    encoder = create_encoder("pointnet", dim=32)
-    row = linear_probe(
-        encoder,
-        *(furniture().select(split=split) for split in ("train", "test")),
-        ["chair", "table", "person", "lamp"],
-        points=64,
-        cache=tmp_path,
-    ).iloc[0]
-    assert 0 < row["accuracy"] <= 100 and 0 < row["mean_class"] <= 100 and row["classes"] == 4
+    options = {"points": 64, "cache": tmp_path}
+    untrained = linear_probe(create_encoder("pointnet", dim=32), train, test, labels, **options).iloc[0]
+    trained = linear_probe(cg3d.load("nano", device="cpu"), train, test, labels, **options).iloc[0]
+    majority = 100 * test.table["category"].value_counts(normalize=True).max()
+    assert untrained["classes"] == trained["classes"] == 4
+    assert 25 < untrained["mean_class"] < trained["mean_class"]
+    assert untrained["accuracy"] < trained["accuracy"] and trained["accuracy"] > majority
 
 
-def test_the_job_judges_several_and_writes_all(tmp_path):
-    """Two models, two sets and two sets of sentences: eight pictures, one table."""
+class Unmovable(Color):
+    """An encoder that must stay on its device."""
+
+    dim = 6
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def _apply(self, *arguments, **options):
+        raise AssertionError("the encoder of the caller was moved")
+
+
+def test_the_encoder_of_the_caller_is_not_moved(tmp_path):
+    train, test = toys([0, 1, 2, 3] * 4, splits=("train",)), toys([0, 1, 2, 3], splits=("test",))
+    encoder = Unmovable()
+    assert linear_probe(encoder, train, test, points=64, cache=tmp_path)["accuracy"][0] == 100
+    assert (
+        few_shot(encoder, train, test, shots=(1,), seeds=1, points=64, cache=tmp_path)["accuracy"][0] == 100
+    )
+
+
+class ColorTower(nn.Module):
+    """An image-text model with known answers: the darkest pixel of a view, which has half of the color, encodes the label."""
+
+    def __init__(self, shift=0):
+        super().__init__()
+        self.shift = shift  # added to the label of a picture
+
+    def encode_text(self, texts):
+        return torch.stack([F.one_hot(torch.tensor(LABELS.index(text[2:])), 4).float() for text in texts])
+
+    def encode_image(self, images):
+        darkest = images.flatten(1).amin(1)
+        return F.one_hot(((darkest * 20.4).round().long() - 1 + self.shift) % 4, 4).float()
+
+
+@pytest.mark.parametrize("shift,top1,mean_class", [(0, 100, 100), (1, 0, 0)])
+def test_towers_with_known_answers(shift, top1, mean_class):
+    shapes = toys(points=512)
+    shapes.table["judged"] = 1
+    table = evaluate_towers(ColorTower(shift), shapes, views=2).set_index("measure")
+    assert table.loc["one view -> noun, top-1 %", "value"] == top1
+    assert table.loc["one view -> noun, mean class %", "value"] == mean_class
+    assert table["questions"].tolist() == [10] * 3 and table["candidates"].tolist() == [4] * 3
+
+
+def test_only_proof_read_rows_are_scored():
+    shapes = toys()
+    shapes.table["judged"] = (shapes.table["category"] != "disc").astype(int)
+    assert scored_categories(shapes) == ["ball", "cone", "cube"]
+    selected, target = scored_rows(shapes.select(split="test"), scored_categories(shapes))
+    assert int(selected.sum()) == 6 and target.tolist() == [0, 0, 0, 1, 1, 2]
+
+
+def test_the_job_evaluates_several_and_writes_all(tmp_path):
+    """Two models, two data sets and two template sets: eight pictures, one table."""
     CG3D.build(encoder="pointnet", clip="nano", points=64).save(tmp_path / "run")
     write_collection(tmp_path / "toys", toys(), 128, toys().table[["category", "split"]])
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -457,7 +515,7 @@ def test_the_job_judges_several_and_writes_all(tmp_path):
         [
             sys.executable,
             "-m",
-            "cg3d.cli.app",
+            "cg3d.cli",
             "evaluate",
             "-p",
             "checkpoint",
@@ -488,9 +546,9 @@ def test_the_job_judges_several_and_writes_all(tmp_path):
     table = pd.read_csv(tmp_path / "out" / "results.csv")
     assert (
         not table.isna().any().any()
-        and len(table[table["method"] == SHAPE]) == 8
+        and len(table[table["method"] == ENCODER]) == 8
         and (table["method"] == MAJORITY).sum() == 2
-        and set(ASKED) <= set(table.columns)
+        and set(PROTOCOL_COLUMNS) <= set(table.columns)
     )
     assert json.loads(done.stdout)["results"] == json.loads(table.to_json(orient="records"))
     assert len(list((tmp_path / "out" / "figures").glob("confusion*.png"))) == 8

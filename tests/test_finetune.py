@@ -12,26 +12,34 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from published_layouts import write_layout
 from torch import nn
 
-import cg3d
+from cg3d.core.config import settings_from
+from cg3d.core.errors import Diverged
 from cg3d.evaluation.linear_probe import cached_features, few_shot, linear_probe
-from cg3d.evaluation.transfer import gain, split_examples, study, summary
+from cg3d.evaluation.transfer import paired_gain, split_examples, summarize_runs, transfer_study
 from cg3d.io.collection import Collection, Packed, write_collection
 from cg3d.models.registry import create_encoder
-from cg3d.training.config import settings
-from cg3d.training.finetune import Classifier, FineTuneConfig, features, fine_tune, load_classifier
+from cg3d.training.finetune import (
+    Classifier,
+    FineTuneConfig,
+    features,
+    fine_tune,
+    load_classifier,
+    resample_clouds,
+)
 from cg3d.training.init import (
     InitialWeights,
-    changed,
     check_test,
     examples,
     fresh_copy,
     hold_out,
     load_init,
     nested_subset,
+    random_init,
+    with_settings,
 )
-from cg3d.zz.layouts import write_layout
 
 ROOT = Path(__file__).parent.parent
 TINY = "point_transformer_small width=32 heads=2 depth=1 groups=8 neighbors=8"
@@ -107,7 +115,7 @@ def test_wrong_settings(name, value, error, words):
 
 def test_unknown_setting_lists_the_known():
     with pytest.raises(ValueError, match="unknown parameter fraction; known are start, mode"):
-        settings(FineTuneConfig, {"fraction": 0.1})
+        settings_from(FineTuneConfig, {"fraction": 0.1})
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -173,7 +181,7 @@ def test_unknown_and_unfit_starts(tmp_path):
     with pytest.raises(TypeError, match="got str"):
         fine_tune("nano", examples(toys()), CONFIG)
     with pytest.raises(ValueError, match="another architecture than encoder='point_transformer_small'"):
-        changed(tiny(), "point_transformer_small", "mine")
+        with_settings(tiny(), "point_transformer_small", "mine")
     Classifier(tiny(), LABELS, 64).save(tmp_path)
     with pytest.raises(ValueError, match="fine-tuned already"):
         load_init(str(tmp_path))
@@ -299,7 +307,7 @@ def test_study_pairs_resumes_and_sums_up(tmp_path):
     both.table["split"] = (["train"] * 14 + ["test"] * 6) * 3
     starts = {"tiny": InitialWeights("tiny", tiny(), 64), "scratch": None}
     config = replace(CONFIG, start="tiny, scratch", mode="head+full", labels=", ".join(LABELS))
-    found = study(config, both, tmp_path, starts, progress=False)
+    found = transfer_study(config, both, tmp_path, starts, progress=False)
     assert (
         len(found.results) == 1 + 2 * 2 * 2 * 2
         and not found.results.isna().any().any()
@@ -308,24 +316,24 @@ def test_study_pairs_resumes_and_sums_up(tmp_path):
     assert found.results["accuracy"][0] == pytest.approx(100 / 3, abs=0.01)
     assert {"start", "labels", "seed", "accuracy", "mean_class", "epochs", "seconds"} <= set(found.results)
     assert set(found.results["shapes"][1:]) == {12, 42} and {"loss", "train", "test"} <= set(found.curves)
-    table = summary(found.results)
+    table = summarize_runs(found.results)
     row = table[(table["start"] == "tiny") & (table["mode"] == "full") & (table["labels"] == 100)].iloc[0]
     mine = found.results.query("start == 'tiny' and mode == 'full' and labels == 100")["accuracy"]
     assert row["accuracy"] == pytest.approx(mine.mean(), abs=0.01) and row["deviation"] == pytest.approx(
         mine.std(), abs=0.01
     )
-    differences = gain(found.results, "tiny")
+    differences = paired_gain(found.results, "tiny")
     assert differences["seeds"].tolist() == [2] * 4
     stamp = pd.read_csv(tmp_path / "results.csv")
     cut = stamp.iloc[:-3]
     cut.to_csv(tmp_path / "results.csv", index=False)
-    again = study(replace(config, resume=True), both, tmp_path, starts, progress=False)
+    again = transfer_study(replace(config, resume=True), both, tmp_path, starts, progress=False)
     pd.testing.assert_frame_equal(
         pd.read_csv(tmp_path / "results.csv").drop(columns="seconds"), stamp.drop(columns="seconds")
     )
     assert len(again.results) == len(stamp)
     with pytest.raises(ValueError, match="batch_size was 8, is 4"):
-        study(replace(config, resume=True, batch_size=4), both, tmp_path, starts, progress=False)
+        transfer_study(replace(config, resume=True, batch_size=4), both, tmp_path, starts, progress=False)
 
 
 def test_probe_and_few_shot_on_a_known_answer(tmp_path):
@@ -349,9 +357,9 @@ def test_probe_and_few_shot_on_a_known_answer(tmp_path):
         few_shot(Spread(), train, test, shots=(), points=64, cache=tmp_path)
 
 
-def test_features_are_taken_once(tmp_path):
+def test_features_are_computed_once(tmp_path):
     class Counting(Spread):
-        calls = 0
+        dim, calls = 3, 0
 
         def forward(self, points):
             Counting.calls += 1
@@ -360,14 +368,67 @@ def test_features_are_taken_once(tmp_path):
     train, test = toys(6), toys(4, seed=1)
     linear_probe(Counting(), train, test, points=64, cache=tmp_path)
     few_shot(Counting(), train, test, shots=(1,), seeds=2, points=64, cache=tmp_path)
+    assert Counting.calls == 2  # the training and the test clouds
+    cached = cached_features(Counting(), train.points(), 64, tmp_path)
     assert Counting.calls == 2
-    assert (
-        torch.equal(
-            cached_features(Counting(), train.points(), 64, tmp_path),
-            features(Spread(), cg3d.geometry.ops.normalize(train.points()), 64),
-        )
-        or Counting.calls == 2
-    )
+    assert torch.equal(cached, features(Spread(), resample_clouds(train.points(), 64)))
+
+
+class Fixed(Spread):
+    """An encoder that may not be moved."""
+
+    def __init__(self):
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(3))
+
+    def forward(self, points):
+        return super().forward(points) + self.offset
+
+    def _apply(self, function, recurse=True):  # behind .to, .cpu, .cuda, .float
+        raise AssertionError("the encoder of the caller was moved")
+
+
+def test_features_leave_the_encoder_on_its_device(tmp_path):
+    encoder, clouds = Fixed(), toys(4).points()[:, :64]
+    assert torch.equal(features(encoder, clouds), Spread()(clouds))
+    assert torch.equal(features(encoder, clouds, device="cpu"), Spread()(clouds))
+    assert Classifier(encoder, LABELS, 64).dim == 3
+    linear_probe(encoder, toys(6), toys(4, seed=1), points=64, cache=tmp_path)
+    with pytest.raises(AssertionError, match="was moved"):
+        encoder.to("cpu")
+
+
+def test_features_on_another_device_are_those_of_a_copy():
+    encoder = nn.Linear(6, 4)
+    with pytest.raises(NotImplementedError):  # the copy is on `meta`, whose values cannot be read
+        features(encoder, torch.rand(2, 6), device="meta")
+    assert encoder.weight.device.type == "cpu"
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step():
+    class Root(Spread):
+        "The loss is finite, the gradient is 0 * inf."
+
+        dim = 3
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, points):
+            return super().forward(points) + (0 * self.weight).sqrt()
+
+    with pytest.raises(Diverged, match="norm of the gradient nan in epoch 1; lower lr_head=0.001"):
+        fine_tune(Root(), examples(toys()), CONFIG, "full")
+
+
+def test_seeding_leaves_other_generators_alone(monkeypatch):
+    """`torch.manual_seed` would reseed all GPUs of the caller."""
+    encoder = tiny()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("all GPUs were reseeded"))
+    fresh_copy(encoder, 5)
+    random_init(None, TINY, 5)
+    fine_tune(Spread(), examples(toys()), replace(CONFIG, head_epochs=1), "head")
 
 
 def test_the_shipped_model_is_a_start():

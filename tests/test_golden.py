@@ -40,7 +40,7 @@ def of_nano() -> dict[str, list[float]]:
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         return {
-            "shapes": numbers(model.embed([shapes[i] for i in range(4)])),
+            "shapes": numbers(model.encode_shape([shapes[i] for i in range(4)])),
             "texts": numbers(model.backbone.encode_text(["a chair", "a tall lamp"])),
             "image": numbers(model.backbone.encode_image(torch.rand(1, 3, 128, 128, generator=generator))),
         }

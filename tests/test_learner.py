@@ -3,23 +3,31 @@
 import os
 import shutil
 import signal
+import weakref
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from cg3d.core.atomic import write_folder
+from cg3d.core.config import settings_from
 from cg3d.core.errors import UnsafeFile
 from cg3d.io.collection import write_collection
 from cg3d.io.shape import Shape
-from cg3d.models.cg3d import CG3D, CG3DConfig, load
+from cg3d.models.cg3d import CG3D, CG3DConfig
 from cg3d.models.clip_backbone import load_backbone
+from cg3d.models.layers import WarmBatchNorm1d
 from cg3d.models.prompts import Prompts
-from cg3d.training.config import TrainConfig, new_names, run_folder, settings
-from cg3d.training.learner import Callback, TowerCache, pick_device
-from cg3d.training.pretrain import make_learner, make_triplets, read_data
+from cg3d.pretrained.factory import load
+from cg3d.training.config import TrainConfig, new_names, run_folder
+from cg3d.training.grad_cache import grad_cache
+from cg3d.training.learner import Callback, Learner, TowerCache, claim_device, pick_device
+from cg3d.training.losses import TriModalLoss
+from cg3d.training.pretrain import ByteViews, make_learner, make_triplets, none_or_name, read_data
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +81,10 @@ def config(toys, tmp_path):
 def learner(config, backbone, *callbacks):
     """A learner as the job builds it, on a backbone that is loaded already."""
     torch.manual_seed(config.seed)
-    chosen = {
-        name: None if (value := getattr(config, name)) == "none" else value
-        for name in ("visual_prompt", "text_prompt")
-    }
+    chosen = {name: none_or_name(getattr(config, name)) for name in ("visual_prompt", "text_prompt")}
     model = CG3D.build(
         CG3DConfig(
-            encoder="pointnet", points=config.points, clip_weights="random", prompt_tokens=2, **chosen
+            encoder=config.encoder, points=config.points, clip_weights="random", prompt_tokens=2, **chosen
         ),
         backbone,
     )
@@ -202,7 +207,7 @@ def test_frozen_schedule_asks_the_towers_once(config, backbone, monkeypatch, tmp
     monkeypatch.setenv("CG3D_CACHE", str(tmp_path))
     for _ in range(2):  # the second run finds the answers of the first
         run = learner(replace(config, schedule="frozen", visual_prompt="none", epochs=4), backbone)
-        drawn = {text for epoch in range(4) for text in run.data.texts_of(range(len(run.data)), epoch)}
+        drawn = {text for epoch in range(4) for text in run.data.draw_texts(range(len(run.data)), epoch)}
         run.fit()
         assert sum(seen) == 16  # eight shapes, two views each, although there are four epochs
         assert sorted(said) == sorted(drawn)
@@ -234,14 +239,222 @@ def test_memory_limit(backbone):
     assert ("text", "a bed") not in towers.memory
 
 
-def test_same_seed_same_run_and_bf16_runs(config, backbone, tmp_path):
+def test_same_seed_same_run(config, backbone, tmp_path):
     one, two, other = (
         learner(replace(config, epochs=1, seed=seed, out=str(tmp_path / name)), backbone).fit()
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
     assert one.logs == two.logs and one.logs != other.logs
-    low = learner(replace(config, epochs=1, precision="bf16", out=str(tmp_path / "d")), backbone).fit()
-    assert abs(low.logs["loss"] - one.logs["loss"]) < 0.5
+
+
+def test_bf16_is_used_and_close_to_fp32(config, backbone):
+    dtypes, losses = {}, {}
+    for precision in ("fp32", "bf16"):
+        run = learner(replace(config, precision=precision), backbone)
+        linear = next(module for module in run.model.encoder.modules() if isinstance(module, nn.Linear))
+        linear.register_forward_hook(lambda *call, key=precision: dtypes.update({key: call[2].dtype}))
+        run.model.train()
+        run.one_step()
+        losses[precision] = run.logs["loss"]
+        assert all(value.dtype == torch.float32 for value in run.model.encoder.parameters())
+    assert dtypes == {"fp32": torch.float32, "bf16": torch.bfloat16}
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01)
+
+
+def test_the_private_functions_of_torch_are_there():
+    assert callable(torch.cpu._is_avx512_bf16_supported) and callable(torch.cpu._is_amx_tile_supported)
+
+
+class HostCopies(TorchFunctionMode):
+    """Counts what copies numbers to the host, where a GPU would have to be waited for."""
+
+    READERS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "numpy", "cpu"}
+
+    def __init__(self):
+        self.found = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name in self.READERS and args and isinstance(args[0], torch.Tensor):
+            self.found.append((name, tuple(args[0].shape)))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("schedule", ["joint", "frozen"])
+def test_a_step_copies_two_results_to_the_host(config, backbone, schedule):
+    visual = "none" if schedule == "frozen" else "deep"
+    config = replace(config, epochs=20, batch_size=8, schedule=schedule, visual_prompt=visual, augment="none")
+    run = learner(config, backbone)
+    run.model.train()
+    for _ in range(12):  # towers are cached, batch norm has its usual momentum
+        run.one_step()
+    batch = run.batch()
+    run.batch = lambda: batch  # the batch is of the CPU, before it goes to the device
+    with HostCopies() as copies:
+        run.one_step()
+    rows_and_views = [("tolist", (8,))] * (2 if schedule == "joint" else 0)  # of the batch, on the CPU
+    found = [call for call in copies.found if call not in rows_and_views]
+    assert len(found) == 2 and found[-1] == ("tolist", (len(run.logs),)), copies.found
+
+
+class Bytes:
+    """Bytes that autograd keeps for backward passes: now, and at most."""
+
+    def __enter__(self):
+        self.now = self.most = 0
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda entry: entry.value)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.hooks.__exit__(*error)
+
+    def pack(self, value):
+        size = value.numel() * value.element_size()
+        self.now += size
+        self.most = max(self.most, self.now)
+        entry = Entry(value)
+        weakref.finalize(entry, self.release, size)
+        return entry
+
+    def release(self, size):
+        self.now -= size
+
+
+class Entry:
+    def __init__(self, value):
+        self.value = value
+
+
+class Many:
+    """512 random shapes."""
+
+    def __len__(self):
+        return 512
+
+    def batch(self, rows, epoch):
+        generator = torch.Generator().manual_seed(0)
+        return {
+            "points": torch.rand(512, 64, 6, generator=generator)[rows],
+            "images": torch.rand(512, 3, 32, 32, generator=generator)[rows],
+            "texts": [f"thing {row}" for row in rows],
+            "name": [f"thing {row}" for row in rows],
+            "id": [str(row) for row in rows],
+            "row": torch.tensor(rows),
+            "view": torch.zeros(len(rows), dtype=torch.int64),
+        }
+
+
+@pytest.mark.parametrize("schedule", ["joint", "frozen"])
+def test_a_batch_in_parts_has_the_memory_of_one_part(config, backbone, schedule):
+    """Under `joint` the towers' graphs of all parts used to stay alive."""
+    visual = "none" if schedule == "frozen" else "deep"
+    most = {}
+    for count, part in ((64, 0), (512, 64)):
+        options = replace(
+            config, schedule=schedule, visual_prompt=visual, batch_size=count, part=part, epochs=1
+        )
+        model = learner(options, backbone).model
+        loss = TriModalLoss((1, 1, 1 if schedule == "joint" else 0))
+        run = Learner(model, loss, Many(), options)
+        model.train()
+        with Bytes() as kept:
+            losses, backward = run.losses(run.batch(), run.phases[0])
+            backward()
+        run.reader.shutdown()
+        del losses, backward
+        most[count] = kept.most
+    assert most[512] < 1.3 * most[64], most
+
+
+def test_the_first_pass_in_parts_has_no_gradients(config, backbone):
+    run = learner(replace(config, part=2, text_prompt="context"), backbone)
+    run.model.train()
+    batch = run.batch()
+    with torch.no_grad():
+        assert not any(side.requires_grad for side in run.features(batch, run.phases[0]))
+    _, backward = run.losses(batch, run.phases[0])
+    backward()
+    assert all(value.grad.abs().sum() > 0 for value in run.model.prompts.parameters())
+
+
+def test_running_averages_in_ten_parts_are_sequential():
+    """Plain means of the first batches (`WarmBatchNorm1d`), although each part is encoded twice."""
+    torch.manual_seed(0)
+    parts = list((torch.randn(40, 3) + torch.arange(40)[:, None]).split(4))
+    parted, sequential = WarmBatchNorm1d(3).train(), WarmBatchNorm1d(3).train()
+    (embeddings,), backward = grad_cache(lambda part: (parted(part),), parts, list(parted.buffers()))
+    embeddings.square().sum().backward()
+    backward()
+    for part in parts:
+        sequential(part)
+    torch.testing.assert_close(parted.running_mean, sequential.running_mean)
+    torch.testing.assert_close(parted.running_mean, torch.cat(parts).mean(0))
+    assert parted.warm == sequential.warm and int(parted.num_batches_tracked) == 10
+
+
+def test_a_skipped_step_leaves_batch_norm_as_it_was(config, backbone):
+    config = replace(config, augment="none", max_skipped=20, epochs=20)
+    run = learner(config, backbone)
+    norm = next(module for module in run.model.encoder.modules() if isinstance(module, WarmBatchNorm1d))
+    run.model.train()
+    batch = run.batch()
+    run.batch = lambda: dict(batch)
+    points = batch["points"]
+    run.one_step()
+    after_one = norm.running_mean.clone()
+    batch["points"] = points * torch.nan
+    for _ in range(12):
+        run.one_step()
+    assert run.skipped == 12 and int(norm.num_batches_tracked) == 1
+    assert torch.equal(norm.running_mean, after_one)
+    batch["points"] = points
+    run.one_step()
+    assert norm.momentum == 0.5  # the second batch counts as much as the first
+
+
+def test_the_device_of_the_process_becomes_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1].index or 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert claim_device("auto") == torch.device("cuda:1") == current[-1]
+    assert claim_device("cuda") == torch.device("cuda:0") and current[-1] == torch.device("cuda")
+    count = len(current)
+    assert claim_device("cpu").type == "cpu" and len(current) == count
+
+
+def test_views_may_come_as_bytes(config, backbone):
+    run = learner(config, backbone)
+    floats = run.batch()["images"]
+    triplets = run.data
+    triplets.cache = ByteViews(triplets.cache)
+    run.prefetched = None
+    assert triplets.batch([0, 1], 0)["images"].dtype == torch.uint8
+    assert torch.equal(run.batch()["images"], floats)
+
+
+def test_texts_keep_their_order(config, backbone):
+    texts = ["a chair", "a bed", "a chair", "a lamp", "a bed"]
+    for text_prompt in ("none", "context"):
+        towers = learner(replace(config, text_prompt=text_prompt), backbone).towers
+        with torch.no_grad():
+            found = towers.text(texts)
+            torch.testing.assert_close(found, torch.cat([towers.text([text]) for text in texts]))
+        assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
+
+
+def test_the_frozen_model_is_hashed_once(config, backbone, monkeypatch):
+    from cg3d.models import clip_backbone
+
+    run = learner(config, backbone)
+    hashed = []
+    original = clip_backbone.update_hash
+    monkeypatch.setattr(clip_backbone, "update_hash", lambda *a: hashed.append(1) or original(*a))
+    run.fit()
+    assert run.step == 6 and len(hashed) <= 1  # three epochs, each with a saved model
 
 
 def test_bad_checkpoints(config, backbone, tmp_path):
@@ -283,7 +496,7 @@ def test_bad_checkpoints(config, backbone, tmp_path):
         ({"temperature": -1.0}, ValueError, "temperature"),
         ({"hard_negatives": 2.0}, ValueError, "hard_negatives"),
         ({"out": " "}, ValueError, "out"),
-        ({"weight_3d_text": 0.0, "weight_3d_image": 0.0}, ValueError, "nothing would teach"),
+        ({"weight_3d_text": 0.0, "weight_3d_image": 0.0}, ValueError, "no loss would train"),
         ({"encoder": "pointnet depth:4"}, ValueError, "no setting 'depth:4'"),
         ({"encoder": "depth=4"}, ValueError, "name of an encoder"),
         ({"prompt_optimizer": "sgd"}, ValueError, "alternate"),
@@ -297,12 +510,16 @@ def test_bad_settings_are_refused(bad, error, words):
 
 def test_unknown_settings_and_devices():
     with pytest.raises(ValueError, match="unknown parameter lrr; known are data"):
-        settings(TrainConfig, {"lrr": 3})
+        settings_from(TrainConfig, {"lrr": 3})
     with pytest.raises(ValueError, match="no device"):
         pick_device("abacus")
     assert new_names({"x": 1}, {"x": 2, "_1": 0, "_i12": "", "Out": {}, "__doc__": ""}) == {"x": 2}
 
 
-def test_runs_go_to_the_top_of_the_checkout(tmp_path):
-    (tmp_path / "settings.ini").touch(), (tmp_path / "nbs").mkdir()
-    assert run_folder("a", tmp_path / "nbs") == run_folder("a", tmp_path) == tmp_path / "runs/a"
+def test_a_run_goes_to_runs_of_the_working_folder(tmp_path, monkeypatch):
+    """Wherever one stands: no search for a checkout above, and an absolute path that can be printed."""
+    (tmp_path / "settings.ini").touch()
+    (tmp_path / "nbs").mkdir()
+    monkeypatch.chdir(tmp_path / "nbs")
+    assert run_folder("a") == tmp_path / "nbs/runs/a"
+    assert run_folder("../a") == tmp_path / "a" and run_folder(str(tmp_path)) == tmp_path

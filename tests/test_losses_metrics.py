@@ -55,7 +55,7 @@ def test_hard_negatives_push_the_hardest_more():
     for hard in (0.0, 0.8):
         scores = (points @ text.T / 0.07).requires_grad_()
         negative = ~torch.eye(12, dtype=torch.bool)
-        losses.soft_cross_entropy(losses.harden(scores, negative, hard), torch.eye(12)).backward()
+        losses.soft_cross_entropy(losses.reweight_negatives(scores, negative, hard), torch.eye(12)).backward()
         gradient = scores.grad.masked_fill(~negative, 0)
         share.append((gradient.amax(-1) / gradient.sum(-1)).mean())
     assert share[1] > share[0]

@@ -10,12 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
+from cg3d.core.device import pick_device
 from cg3d.geometry.ops import normalize
 from cg3d.io.shape import Shape
+from cg3d.models import cg3d as model_module
 from cg3d.models import clip_backbone as backbone_module
-from cg3d.models.cg3d import CG3D, CG3DConfig, embed_labels, load, resample
+from cg3d.models.cg3d import CG3D, CG3DConfig, as_points, resample
 from cg3d.models.clip_backbone import CONFIG_FILE, NANO_CONFIG, Backbone, fit_images, load_backbone
 from cg3d.models.prompts import Prompts
+from cg3d.pretrained.factory import load
 
 ROOT = Path(__file__).parent.parent
 CHOICES = [("pixel", None), ("shallow", None), ("deep", None), (None, "context"), ("pixel+deep", "context")]
@@ -204,13 +207,13 @@ def test_images_are_fitted():
 def test_embeddings(model, shape):
     clouds = torch.rand(5, 128, 6)
     for vectors, count in (
-        (model.embed(shape), 1),
-        (model.embed([shape, shape]), 2),
-        (model.embed(clouds, batch_size=2), 5),
-        (model.embed(clouds[..., :3]), 5),
-        (model.embed_text("one"), 1),
-        (model.embed_image(Image.new("RGBA", (9, 5))), 1),
-        (model.embed_image([torch.rand(3, 8, 8)] * 2), 2),
+        (model.encode_shape(shape), 1),
+        (model.encode_shape([shape, shape]), 2),
+        (model.encode_shape(clouds, batch_size=2), 5),
+        (model.encode_shape(clouds[..., :3]), 5),
+        (model.encode_text("one"), 1),
+        (model.encode_image(Image.new("RGBA", (9, 5))), 1),
+        (model.encode_image([torch.rand(3, 8, 8)] * 2), 2),
     ):
         assert (
             vectors.shape == (count, model.backbone.dim)
@@ -219,12 +222,12 @@ def test_embeddings(model, shape):
         )
         torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(count))
     model.train()
-    torch.testing.assert_close(model.embed(clouds), model.embed(clouds, batch_size=1))
+    torch.testing.assert_close(model.encode_shape(clouds), model.encode_shape(clouds, batch_size=1))
     assert model.encoder.training and not model.backbone.training
     unit = normalize(clouds)
     with torch.no_grad():
         bare = model.eval().encoder(unit)
-    torch.testing.assert_close(torch.nn.functional.normalize(bare, dim=-1), model.embed(unit))
+    torch.testing.assert_close(torch.nn.functional.normalize(bare, dim=-1), model.encode_shape(unit))
 
 
 def test_forward_trains_encoder_and_prompts_only(model):
@@ -265,7 +268,7 @@ def test_resample(count):
 )
 def test_bad_clouds(model, bad):
     with pytest.raises((ValueError, TypeError)):
-        model.embed(bad)
+        model.encode_shape(bad)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +285,7 @@ def test_bad_clouds(model, bad):
 )
 def test_bad_images(model, bad):
     with pytest.raises((ValueError, TypeError)):
-        model.embed_image(bad)
+        model.encode_image(bad)
 
 
 def test_classify(model, shape):
@@ -293,10 +296,10 @@ def test_classify(model, shape):
         assert part.similarity.is_monotonic_decreasing
     best = model.classify(shape, ["chair", "lamp", "sofa"], top=1)
     assert best.label.tolist() == [table.label[0]]
-    expected = model.embed(shape) @ embed_labels(model, ["chair", "lamp", "sofa"]).T
+    expected = model.encode_shape(shape) @ model.zero_shot_classifier(["chair", "lamp", "sofa"]).T
     assert abs(best.similarity[0] - expected.max().item()) < 1e-6
-    one = embed_labels(model, ["chair"], ["a {}."])
-    torch.testing.assert_close(one, model.embed_text(["a chair."]))
+    one = model.zero_shot_classifier(["chair"], ["a {}."])
+    torch.testing.assert_close(one, model.encode_text(["a chair."]))
     for bad, message in (
         ([], "empty"),
         ("chair", "list"),
@@ -319,8 +322,8 @@ def test_save_and_load(tmp_path, model, shape, small):
     model.save(tmp_path / "run")
     again = load(tmp_path / "run", backbone=small)
     view = torch.rand(1, 3, 64, 64)
-    assert torch.equal(again.embed(shape), model.embed(shape)) and torch.equal(
-        again.embed_image(view), model.embed_image(view)
+    assert torch.equal(again.encode_shape(shape), model.encode_shape(shape)) and torch.equal(
+        again.encode_image(view), model.encode_image(view)
     )
     assert not again.training and again.config.clip_fingerprint == small.fingerprint()
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "model.safetensors"]
@@ -332,7 +335,7 @@ def test_save_and_load(tmp_path, model, shape, small):
         ({"encoder": "pointmlp_small"}, "another architecture.*missing"),
         ({"visual_prompt": None}, "deep_prompt_embeddings"),
         ({"prompt_tokens": 2}, r"\(1, 5, 256\) for \(1, 2, 256\)"),
-        ({"lr": 1}, "unknown setting 'lr'"),
+        ({"lr": 1}, "unknown parameter lr"),
         ({"points": "many"}, "points"),
     ):
         (tmp_path / "run" / "config.json").write_text(json.dumps(written | change))
@@ -344,6 +347,157 @@ def test_save_and_load(tmp_path, model, shape, small):
         load(tmp_path / "run", backbone=small)
     with pytest.raises(FileNotFoundError, match="nano"):
         load(tmp_path / "nothing")
+
+
+def test_a_tensor_is_prepared_batch_by_batch(model, monkeypatch):
+    "The whole tensor was normalized and resampled before it was cut: 24 GB for 100,000 clouds of 10,000 points."
+    sizes = []
+
+    def watched(clouds, *rest):
+        sizes.append(len(clouds))
+        return as_points(clouds, *rest)
+
+    monkeypatch.setattr(model_module, "as_points", watched)
+    clouds = torch.rand(7, 300, 6)
+    batched = model.encode_shape(clouds, batch_size=3)
+    assert sizes == [3, 3, 1]
+    torch.testing.assert_close(batched, model.encode_shape(clouds, batch_size=7))
+    with pytest.raises(ValueError, match="batch_size=0"):
+        model.encode_shape(clouds, batch_size=0)
+    with pytest.raises(TypeError):
+        model.encode_shape(clouds, 3)  # a number where `normalize` might stand
+
+
+def test_colors_of_0_to_255_are_refused(model):
+    clouds = torch.rand(2, 128, 6)
+    wrong = clouds.clone()
+    wrong[1, :, 3:] *= 255
+    with pytest.raises(ValueError, match=r"rgb must lie in \[0, 1\].*divide by 255"):
+        model.encode_shape(wrong)
+    wrong = clouds.clone()
+    wrong[0, 5, 4] = -0.2
+    with pytest.raises(ValueError, match="rgb must lie"):
+        model.encode_shape(wrong)
+
+
+def test_unnormalized_embeddings(model):
+    clouds = torch.rand(2, 128, 6)
+    raw = model.encode_shape(clouds, normalize=False)
+    torch.testing.assert_close(torch.nn.functional.normalize(raw, dim=-1), model.encode_shape(clouds))
+    assert (raw.norm(dim=-1) - 1).abs().min() > 1e-3
+    assert (model.encode_text("a chair", normalize=False).norm() - 1).abs() > 1e-3
+
+
+def test_labels_are_encoded_once_until_a_weight_changes(model, shape, monkeypatch):
+    calls = []
+    encode_text = Prompts.encode_text
+
+    def counted(prompts, texts):
+        calls.append(len(texts))
+        return encode_text(prompts, texts)
+
+    monkeypatch.setattr(Prompts, "encode_text", counted)
+    labels = ["chair", "lamp"]
+    first = model.zero_shot_classifier(labels, ["a {}."])
+    model.classify(shape, labels, ["a {}."])
+    model.classify([shape, shape], labels, ["a {}."])
+    assert calls == [2]
+    first.zero_()  # what was handed out is the caller's
+    assert model.zero_shot_classifier(labels, ["a {}."]).norm(dim=-1).sub(1).abs().max() < 1e-5
+    model.zero_shot_classifier(labels, ["one {}."])
+    model.zero_shot_classifier(labels[::-1], ["a {}."])
+    assert calls == [2, 2, 2], "templates and order of labels count"
+    with torch.no_grad():
+        model.prompts.prompt_embeddings[0, 0, 0] += 1
+    model.zero_shot_classifier(labels, ["a {}."])
+    assert calls == [2, 2, 2, 2]
+    for i in range(40):
+        model.zero_shot_classifier([f"thing {i}"], ["a {}."])
+    assert len(model._classifiers) == model.kept_classifiers
+
+
+def test_fingerprint_is_kept_until_a_weight_changes(model, monkeypatch):
+    hashed = []
+    original = backbone_module.update_hash
+
+    def counted(digest, tensors):
+        hashed.append(1)
+        original(digest, tensors)
+
+    monkeypatch.setattr(backbone_module, "update_hash", counted)
+    monkeypatch.setattr(model_module, "update_hash", counted)
+    model.backbone._fingerprint = (None, "")
+    prints = [model.fingerprint(), model.fingerprint()]
+    assert len(hashed) == 2 and prints[0] == prints[1]  # once the backbone, once the trained parts
+    changes = (
+        lambda: model.encoder.projection.bias.add_(1e-3),
+        lambda: model.prompts.prompt_embeddings.mul_(1.01),
+        lambda: model.encoder.load_state_dict({k: v + 1 for k, v in model.encoder.state_dict().items()}),
+        lambda: model.encoder.projection.bias.data.add_(1),  # passes the version counter by
+        lambda: setattr(model.encoder.projection.bias, "data", model.encoder.projection.bias + 1),
+        lambda: torch.optim.SGD([model.encoder.projection.weight], lr=1.0).step(),
+    )
+    model.encoder.projection.weight.grad = torch.ones_like(model.encoder.projection.weight)
+    for change in changes:
+        with torch.no_grad():
+            change()
+        prints.append(model.fingerprint())
+    assert len(set(prints)) == len(changes) + 1
+    assert len(hashed) == 2 + len(changes), "the backbone was hashed once"
+    prints = {model.fingerprint()}
+    bias = model.backbone.clip.ln_final.bias
+    with torch.no_grad():
+        bias += 1
+        prints.add(model.fingerprint())
+        bias -= 1
+    assert len(prints) == 2
+
+
+def test_a_given_backbone_is_not_moved(small, model, tmp_path):
+    assert CG3D.build(backbone=small, encoder="pointnet").device == small.device
+    with pytest.raises(ValueError, match=r"device='meta', but the given backbone is on 'cpu'"):
+        CG3D.build(backbone=small, encoder="pointnet", device="meta")
+    model.save(tmp_path)
+    with pytest.raises(ValueError, match=r"backbone.to\('meta'\)"):
+        CG3D.from_pretrained(tmp_path, device="meta", backbone=small)
+    assert small.device.type == "cpu"
+
+
+def test_default_device_is_cuda_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device() == pick_device("auto") == pick_device("cuda") == torch.device("cuda", 1)
+    assert pick_device("cuda:0") == torch.device("cuda", 0) and pick_device("cpu").type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device() == torch.device("cpu")
+    with pytest.raises(ValueError, match="sees no CUDA device"):
+        pick_device("cuda")
+
+
+def test_short_reprs(model):
+    assert len(repr(model).splitlines()) <= 6 and "pointnet" in repr(model) and "nano" in repr(model)
+    assert len(repr(model.backbone).splitlines()) == 1 and "384 numbers" in repr(model.backbone)
+
+
+def test_private_methods_of_the_image_towers_exist():
+    "The adapter calls methods that open_clip and timm do not promise to keep; a version without one is named here."
+    from importlib import import_module
+
+    assert backbone_module.PRIVATE
+    for path, names in backbone_module.PRIVATE.items():
+        module, _, cls = path.rpartition(".")
+        tower = getattr(import_module(module), cls)
+        assert [name for name in names if not hasattr(tower, name)] == [], f"{path} has lost a method"
+        assert backbone_module.missing_private(tower) == []
+
+
+def test_a_library_without_a_private_method_is_refused_by_name(small, monkeypatch):
+    from timm.models.vision_transformer import VisionTransformer
+
+    clip = load_backbone("nano", "random").clip
+    monkeypatch.delattr(VisionTransformer, "_pos_embed")
+    with pytest.raises(ValueError, match="timm.*VisionTransformer.*has no _pos_embed"):
+        Backbone(clip, small.tokenizer, "old")
 
 
 def test_build_refuses(small):

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 import trimesh
 
 import cg3d
+from cg3d.core.config import settings_from
 from cg3d.core.paths import data_dir
 from cg3d.data.furniture import furniture
 from cg3d.evaluation.zero_shot import zero_shot
@@ -20,7 +20,7 @@ from cg3d.geometry.ops import MISSING_COLOR
 from cg3d.io.shape import Shape, read_shape
 from cg3d.models.cg3d import CG3D
 from cg3d.models.clip_backbone import load_backbone
-from cg3d.training.config import TrainConfig, ZeroShotConfig, settings
+from cg3d.training.config import TrainConfig, ZeroShotConfig
 from cg3d.training.pretrain import make_model, read_data
 
 ROOT = Path(__file__).parent.parent
@@ -50,14 +50,14 @@ def run(code: str) -> str:
 # ------------------------------------------------------------------ import
 
 
-def test_import_is_quick_and_light():
+def test_import_is_light():
+    """`import cg3d` loads nothing but itself, lazy_loader and the standard library."""
     code = (
-        "import sys, time; start = time.perf_counter(); import cg3d; took = time.perf_counter() - start\n"
-        "print(took, sorted({'torch', 'open_clip', 'pytorch3d'} & set(sys.modules)))"
+        "import sys; before = set(sys.modules); import cg3d\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print(sorted(name for name in new if name not in sys.stdlib_module_names))"
     )
-    seconds, heavy = zip(*(run(code).strip().split(" ", 1) for _ in range(3)))
-    assert statistics.median(map(float, seconds)) < 1, seconds
-    assert set(heavy) == {"[]"}, heavy
+    assert run(code).strip() == "['cg3d', 'lazy_loader']"
 
 
 def test_no_module_imports_what_it_does_not_need():
@@ -72,24 +72,35 @@ def test_no_module_imports_what_it_does_not_need():
 
 def test_the_shipped_model_answers_without_the_libraries_it_was_made_with():
     code = (
-        "import sys, cg3d\nfrom cg3d.io.shape import furniture\nmodel = cg3d.load('nano')\nassert len(model.classify(furniture()[0], ['chair', 'lamp'])) == 2\n"
+        "import sys, cg3d\nfrom cg3d.data.furniture import furniture\nmodel = cg3d.load('nano')\nassert len(model.classify(furniture()[0], ['chair', 'lamp'])) == 2\n"
         "print(sorted({'open_clip', 'timm', 'torchvision', 'huggingface_hub', 'torch._dynamo', 'sympy'} & set(sys.modules)))"
     )
     assert run(code).strip() == "[]"
 
 
 def test_public_names_are_reachable():
-    assert (
-        {"load", "read_shape", "Shape", "CG3D", "create_encoder", "list_encoders"}
-        <= set(cg3d.__all__)
-        <= set(dir(cg3d))
-    )
-    assert {path.stem for path in Path(cg3d.__file__).parent.glob("[a-z]*.py")} <= set(dir(cg3d))
-    for name in cg3d.__all__:
-        assert callable(getattr(cg3d, name)), name
-    assert cg3d.read_shape is read_shape and cg3d.viz.plots.cloud and cg3d.evaluation.zero_shot.zero_shot
-    with pytest.raises(AttributeError, match="no attribute 'laod'"):
-        cg3d.laod
+    expected = {
+        "create_model",
+        "list_models",
+        "load",
+        "read_shape",
+        "Shape",
+        "CG3D",
+        "create_encoder",
+        "furniture",
+    }
+    assert expected <= set(cg3d.__all__) <= set(dir(cg3d))
+    packages = {path.parent.name for path in Path(cg3d.__file__).parent.glob("*/__init__.py")}
+    assert packages - {"data"} <= set(dir(cg3d)) and "data" in cg3d.__all__
+    assert cg3d.read_shape is read_shape and cg3d.create_model.__module__ == "cg3d.pretrained.factory"
+    with pytest.raises(AttributeError, match="attribute 'laod'|attribute laod"):
+        getattr(cg3d, "laod")  # noqa: B009
+
+
+def test_public_names_are_found_without_other_imports():
+    """Each in a process in which nothing else was imported before."""
+    code = "import cg3d; print([name for name in cg3d.__all__ if getattr(cg3d, name, None) is None])"
+    assert run(code).strip() == "[]"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -101,11 +112,6 @@ def test_modules_keep_their_promises(name):
 
 
 # ------------------------------------------------------------------ size and form
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_modules_are_short(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -189,13 +195,13 @@ def lamp() -> trimesh.Trimesh:
             ValueError,
             "unknown backbone 'ViT-B-23'.*ViT-B-32",
         ),
-        (lambda: settings(TrainConfig, {"visual_prompt": "deeep"}), ValueError, "'deeep'.*deep"),
+        (lambda: settings_from(TrainConfig, {"visual_prompt": "deeep"}), ValueError, "'deeep'.*deep"),
         (
-            lambda: settings(ZeroShotConfig, {"chekpoint": "nano"}),
+            lambda: settings_from(ZeroShotConfig, {"chekpoint": "nano"}),
             ValueError,
             "chekpoint; known are checkpoint",
         ),
-        (lambda: settings(ZeroShotConfig, {"views": "3"}), TypeError, "views='3' is a str"),
+        (lambda: settings_from(ZeroShotConfig, {"views": "three"}), TypeError, "views='three' is a str"),
         (lambda: furniture().select(split="tset"), ValueError, "'tset'.*test"),
     ],
     ids=[
@@ -220,9 +226,9 @@ def test_unknown_names_are_refused_and_the_known_ones_named(call, error, words):
 def test_labels_that_leave_nothing_to_choose(model):
     some = furniture().select(split="test")
     for labels, words in (
-        ([], "at least two labels|no shape carries"),
+        ([], "at least two labels|no shape has one of the 0 labels"),
         (["chair"], "at least two labels"),
-        (["unicorn", "dragon"], "no shape carries.*unicorn"),
+        (["unicorn", "dragon"], "no shape has one of.*unicorn"),
     ):
         with pytest.raises(ValueError, match=words):
             zero_shot(model, some, labels)
@@ -242,7 +248,7 @@ def test_a_z_up_file_is_the_same_shape_once_that_is_said(model, lamp, tmp_path):
     )
     np.testing.assert_allclose(z.points, y.points, atol=1e-5)
     assert np.ptp(wrong.points, axis=0).argmax() == 2 and np.ptp(y.points, axis=0).argmax() == 1
-    same, other = ((model.embed(y) - model.embed(shape)).norm().item() for shape in (z, wrong))
+    same, other = ((model.encode_shape(y) - model.encode_shape(shape)).norm().item() for shape in (z, wrong))
     assert same < 1e-3 < other and other > 20 * same, (same, other)
     with pytest.raises(ValueError, match="up='x'"):
         read_shape(tmp_path / "y.ply", up="x")
@@ -254,13 +260,13 @@ def test_a_cloud_without_color_is_gray(model, lamp, tmp_path):
     assert shape.colors is None and (shape.cloud()[:, 3:] == MISSING_COLOR).all()
     xyz = shape.cloud()[None, :, :3]
     gray = torch.cat([xyz, torch.full_like(xyz, MISSING_COLOR)], -1)
-    torch.testing.assert_close(model.embed(xyz), model.embed(gray))
-    torch.testing.assert_close(model.embed(shape), model.embed(gray))
+    torch.testing.assert_close(model.encode_shape(xyz), model.encode_shape(gray))
+    torch.testing.assert_close(model.encode_shape(shape), model.encode_shape(gray))
 
 
 def test_fewer_points_than_groups_are_repeated_by_embed_and_refused_by_the_bare_encoder(model):
     few = torch.randn(2, 20, 6, generator=torch.Generator().manual_seed(0)).abs().clamp(max=1)
-    found = model.embed(few)
+    found = model.encode_shape(few)
     assert (
         found.shape == (2, model.config.dim)
         and found.isfinite().all()
@@ -269,4 +275,4 @@ def test_fewer_points_than_groups_are_repeated_by_embed_and_refused_by_the_bare_
     with pytest.raises(ValueError, match=f"at least {model.encoder.min_points} points, got 20"):
         model.encoder(few)
     two = Shape([[0, 0, 0], [0, 1, 0]], name="two points")
-    assert model.embed(two).isfinite().all()
+    assert model.encode_shape(two).isfinite().all()

@@ -1,6 +1,7 @@
-"""Several processes are one: gradients, losses of every kind, checkpoints; large batches in parts."""
+"""Several processes give the results of one: gradients, losses, checkpoints; large batches in parts."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -14,6 +15,11 @@ import torch
 
 HERE = Path(__file__).parent
 ONE = [sys.executable]
+ACCELERATE = [
+    *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
+    *("--multi_gpu", "--num_machines", "1", "--num_processes", "2", "--main_process_port", "0"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no"),
+]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
 
 
@@ -69,31 +75,116 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(tmp_path):
 
 
 LOSSES = """
-import itertools, json, sys, torch
-from cg3d.losses import POSITIVES, TriModalLoss
-from cg3d.processes import everyones, rank, total, world
-if len(sys.argv) > 1: torch.distributed.init_process_group("gloo")
+import itertools, json, sys
+import torch
+from cg3d.core.distributed import all_gather_with_grad, all_reduce_sum, rank, world_size
+from cg3d.training.losses import POSITIVES, TriModalLoss
+
+if len(sys.argv) > 1:
+    torch.distributed.init_process_group("gloo")
 torch.manual_seed(0)
-sides, texts = torch.randn(3, 12, 16).requires_grad_(), ["a chair", "A chair ", "lamp", "bed"] * 3
-mine = slice(rank() * 12 // world(), (rank() + 1) * 12 // world())
+sides = torch.randn(3, 12, 16).requires_grad_()
+texts = ["a chair", "A chair ", "lamp", "bed"] * 3
+own = slice(rank() * 12 // world_size(), (rank() + 1) * 12 // world_size())
 for positives, hard in itertools.product(POSITIVES, (0.0, 0.4)):
     sides.grad = None
-    out = TriModalLoss(positives=positives, hard_negatives=hard)(*sides[:, mine], texts[mine])
+    out = TriModalLoss(positives=positives, hard_negatives=hard)(*sides[:, own], texts[own])
     out["loss"].backward()
-    said = total(out["loss"].detach()).item() / world(), (total(sides.grad) / world()).flatten().tolist()
-    if not rank(): print(json.dumps([said[0], *said[1]]))
-if world() > 1: torch.distributed.destroy_process_group()
+    loss = all_reduce_sum(out["loss"].detach()) / world_size()
+    gradient = all_reduce_sum(sides.grad) / world_size()
+    if not rank():
+        print(json.dumps([loss.item(), *gradient.flatten().tolist()]))
+if world_size() > 1:
+    torch.distributed.destroy_process_group()
 """
 
 
 def test_every_kind_of_loss_is_that_of_the_whole_batch(tmp_path):
     (tmp_path / "losses.py").write_text(LOSSES)
     one, two = (
-        torch.tensor([eval(line) for line in start(launcher, tmp_path / "losses.py", *words).splitlines()])
+        torch.tensor(
+            [json.loads(line) for line in start(launcher, tmp_path / "losses.py", *words).splitlines()]
+        )
         for launcher, *words in ((ONE,), (TWO, "two"))
     )
     assert one.shape == (8, 1 + 3 * 12 * 16) and len({round(row[0], 4) for row in one.tolist()}) == 8
     torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
+
+
+HELPERS = """
+import json, os, sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from torch import nn
+from cg3d.core import distributed
+from cg3d.core.distributed import *
+
+dist.init_process_group("gloo")
+result = {}
+
+# the gradient by a reduce-scatter, which is what GPUs use, and by an all-reduce
+for backend in ("gloo", "nccl"):
+    distributed.dist.get_backend = lambda name=backend: name
+    for kind in (torch.float32, torch.bfloat16):
+        rows = (torch.arange(6.0).view(2, 3) + 10 * rank()).to(kind).requires_grad_()
+        gathered = all_gather_with_grad(rows)
+        (gathered * torch.arange(12).view(4, 3) * (1 + rank())).sum().backward()
+        result[f"{backend} {kind}"] = [gathered.tolist(), all_gather_object(rows.grad.tolist())]
+
+# no plain gradient beside sharded ones: nothing asks for the norm of an empty list
+layer = nn.Linear(8, 4)
+broadcast_module(layer)
+shard_module(layer)
+layer(torch.ones(2, 8)).sum().backward()
+lists, total_norm = [], nn.utils.get_total_norm
+nn.utils.get_total_norm = lambda gradients: (lists.append(len(gradients)), total_norm(gradients))[1]
+frozen = nn.Parameter(torch.ones(1))
+before = clip_gradients([*layer.parameters(), frozen], 1.0)
+result["norm"] = [before, clip_gradients(list(layer.parameters()), 9.0)]
+result["lists"] = lists
+
+# whole tensors are on rank 0 only
+whole = full_tensors({"w": [layer.weight, torch.ones(3)], "step": 7})
+result["whole"] = all_gather_object([whole["w"][0].numel(), whole["w"][1].numel(), whole["step"]])
+like = shard_like(torch.arange(32.0).view(4, 8), layer.weight)
+result["like"] = all_gather_object(like.to_local().flatten().tolist())
+
+# an error in the block does not leave the other process in the barrier
+try:
+    with rank_zero_first():
+        if not rank():
+            Path(sys.argv[1], "built").touch()
+            raise ValueError("no space")
+        result["found"] = Path(sys.argv[1], "built").exists()
+except ValueError as error:
+    result["error"] = str(error)
+result = all_gather_object(result)
+
+# the first process of each machine goes first
+os.environ["LOCAL_RANK"] = "0"
+with rank_zero_first():
+    result[0]["local"] = local_rank()
+if not rank():
+    print(json.dumps([result[0], result[1]]))
+dist.destroy_process_group()
+"""
+
+
+def test_collectives_and_sharded_tensors(tmp_path):
+    (tmp_path / "helpers.py").write_text(HELPERS)
+    first, second = json.loads(start(TWO, tmp_path / "helpers.py", tmp_path))
+    rows = torch.cat([torch.arange(6.0).view(2, 3), torch.arange(6.0).view(2, 3) + 10])
+    gradient = 3 * torch.arange(12.0).view(2, 2, 3)
+    for backend in ("gloo", "nccl"):
+        for kind in ("float32", "bfloat16"):
+            assert first[f"{backend} torch.{kind}"] == [rows.tolist(), gradient.tolist()]
+    norm = (36 * 2.0**2) ** 0.5  # 32 weights and 4 biases, each with the gradient 2
+    assert first["norm"] == pytest.approx([norm, 1.0], abs=1e-5) and first["lists"] == [2, 2]
+    assert first["whole"] == [[32, 3, 7], [0, 3, 7]]
+    assert first["like"] == [list(range(16)), list(range(16, 32))]
+    assert first["error"] == "no space" and "error" not in second and second["found"] is True
+    assert first["local"] == 0
 
 
 def processes_with(word):
@@ -204,3 +295,43 @@ def test_a_split_model_has_the_gradients_and_the_checkpoint_of_a_whole_one(tmp_p
     assert (tmp_path / "first.safetensors").read_bytes() == (
         tmp_path / "split" / "model.safetensors"
     ).read_bytes()
+
+
+SMALL = {"limit": 32, "batch_size": 8, "views": 1, "view_size": 32, "points": 256, "encoder": "pointnet"}
+SMALL |= {"device": "cpu", "precision": "fp32"}
+TRAIN = ["-m", "cg3d.train", *(word for name, value in SMALL.items() for word in ("-p", name, str(value)))]
+
+
+def test_accelerate_launch_trains_as_torchrun_does(tmp_path):
+    """Two CPU processes over Gloo; `--multi_gpu` means several processes, with `--cpu` accelerate wants mpirun."""
+    command = [*TRAIN, "-p", "epochs", 1, "-p", "schedule", "frozen", "-p", "visual_prompt", "none"]
+    environment = {"CG3D_CACHE": str(tmp_path / "cache")}  # both processes need views and features at once
+    output = start(ACCELERATE, *command, "-p", "out", tmp_path / "accelerate", **environment)
+    assert output.startswith(f"results: {tmp_path / 'accelerate'}\n") and "3D encoder" in output
+    assert output.count("majority class") == 1  # the first process tests alone
+    start(TWO, *command, "-p", "out", tmp_path / "torchrun", **environment)
+    models = [tmp_path / name / "model.safetensors" for name in ("accelerate", "torchrun")]
+    assert models[0].read_bytes() == models[1].read_bytes()
+    assert len(list((tmp_path / "cache" / "features").iterdir())) == 2
+
+
+def test_an_interrupt_of_one_process_stops_all_after_the_same_step(tmp_path):
+    folder = tmp_path / "run"
+    running = subprocess.Popen(
+        [*TWO, *TRAIN, "-p", "epochs", "2000", "-p", "out", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    while not list(folder.glob("checkpoints/[0-9]*/manifest.json")) and running.poll() is None:
+        time.sleep(0.02)
+    workers = [number for number in processes_with(folder) if number != running.pid]
+    environments = {number: Path(f"/proc/{number}/environ").read_bytes().split(b"\0") for number in workers}
+    (second,) = [number for number, words in environments.items() if b"RANK=1" in words]
+    os.kill(second, signal.SIGINT)
+    output, errors = running.communicate(timeout=120)
+    assert running.returncode == 0, errors[-3000:]
+    assert output.count("finishing the step") == 1 and "3D encoder" in output
+    steps = sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+    assert 0 < steps[-1] < 4000

@@ -8,13 +8,16 @@ import pandas as pd
 import pytest
 import torch
 
-from cg3d.data.captions import TEMPLATES, Texts, captions, draw_text, fill
+from cg3d.data.captions import TextMix, draw_text, list_texts
 from cg3d.data.triplets import Triplets, collate
 from cg3d.io.collection import write_collection
+from cg3d.io.color import to_srgb
 from cg3d.io.shape import Shape
-from cg3d.render.cameras import ViewSettings, random_views, ring_views
+from cg3d.models.templates import TEMPLATES, fill_template
+from cg3d.render import view_cache
+from cg3d.render.cameras import ViewSettings, broadcast_angles, cameras, random_views, ring_views
 from cg3d.render.mesh import render_mesh
-from cg3d.render.points import render_points, splat, splat_slow
+from cg3d.render.points import neighbors, render_points, splat
 from cg3d.render.view_cache import ViewCache
 
 
@@ -51,6 +54,14 @@ def test_leaf_imports_stay_light():
         ).stdout.strip()
         == "[]"
     )
+
+
+def splat_slow(ndc, radius, size, k):
+    "PyTorch3D's rasterizer, which compares every pixel with every point."
+    from pytorch3d.renderer.points.rasterize_points import rasterize_points
+    from pytorch3d.structures import Pointclouds
+
+    return rasterize_points(Pointclouds(ndc), image_size=size, radius=radius, points_per_pixel=k, bin_size=0)
 
 
 @pytest.mark.parametrize("size,k", [(32, 1), (48, 4), (33, 7)])
@@ -132,12 +143,13 @@ def test_mesh_stands_upright_and_keeps_its_colors(tmp_path):
         torch.tensor(box.vertices).float() / np.linalg.norm([0.1, 0.5, 0.1]),
         torch.tensor(box.faces),
     )
-    mesh = Meshes([verts], [faces], TexturesVertex([torch.tensor([220, 30, 30.0]).expand(8, 3) / 255]))
+    color = torch.from_numpy(to_srgb(np.array([220, 30, 30]) / 255)).float()  # COLOR_0 of a GLB is linear
+    mesh = Meshes([verts], [faces], TexturesVertex([color.expand(8, 3)]))
     assert (render_mesh(mesh, *ring_views(1), size=48)[0, 0] - seen).abs().max() < 0.02
 
 
 def test_texts():
-    assert all(fill(t, "oven").count("oven") == 1 for t in TEMPLATES) and len(TEMPLATES) >= 10
+    assert all(fill_template(t, "oven").count("oven") == 1 for t in TEMPLATES) and len(TEMPLATES) >= 10
     row = dict(
         name="stool",
         tags="Seat, Blend Swap",
@@ -148,46 +160,100 @@ def test_texts():
         query="q",
         category="chair",
     )
-    said = captions(row, ("red",))
-    assert (
-        "a tall red stool" in said["attributes"]
-        and said["caption"] == ["c"]
-        and "blend swap" not in str(said)
-    )
+    texts = list_texts(row, ("red",))
+    assert "a tall red stool" in texts["attributes"] and texts["caption"] == ["c"]
+    assert "blend swap" not in str(texts)
     drawn = {draw_text(row, torch.Generator().manual_seed(i)) for i in range(200)}
     assert {"c", "q", "a stool, seat"} <= drawn and not any("chair" in text for text in drawn)
     assert draw_text(row, torch.Generator().manual_seed(3)) == draw_text(
         row, torch.Generator().manual_seed(3)
     )
     with pytest.raises(TypeError):
-        Texts(color=1)
+        TextMix(color=1)
 
 
-def test_cache_survives_interruption(tmp_path, monkeypatch):
-    import cg3d.data.captions as module
+def test_cache_is_continued_after_an_interruption(tmp_path, monkeypatch):
+    points, calls = torch.stack([ball(seed=s) for s in range(20)]), []
 
-    points, real, calls = torch.stack([ball(seed=s) for s in range(20)]), module.render_points, []
-
-    def fails(*args, **kwargs):
-        calls.append(1)
+    def fails(clouds, *args, **kwargs):
+        calls.append(len(clouds))
         if len(calls) > 1:
             raise KeyboardInterrupt
-        return real(*args, **kwargs)
+        return render_points(clouds, *args, **kwargs)
 
     options = dict(views=2, settings=ViewSettings(size=16), folder=tmp_path, workers=1, progress=False)
-    monkeypatch.setattr(module, "render_points", fails)
+    monkeypatch.setattr(view_cache, "render_points", fails)
     with pytest.raises(KeyboardInterrupt):
         ViewCache(points, **options)
-    assert list((tmp_path / "views").iterdir()) == []
-    monkeypatch.setattr(module, "render_points", real)
+    (folder,) = (tmp_path / "views").iterdir()
+    assert not (folder / "array.npy").exists() and not (folder / "manifest.json").exists()
+    rendered = []
+
+    def watched(clouds, *args, **kwargs):
+        rendered.append(len(clouds))
+        return render_points(clouds, *args, **kwargs)
+
+    monkeypatch.setattr(view_cache, "render_points", watched)
     cache, again = ViewCache(points, **options), ViewCache(points, **options | dict(workers=2))
+    assert rendered == [8, 4], "the first eight shapes were kept, and nothing is rendered twice"
     assert not cache.hit and again.hit and cache[3, 1].shape == (3, 16, 16)
-    assert (
-        cache[:, 0] - real(points, cache.azimuth, cache.elevation, size=16)[:, 0]
-    ).abs().max() <= 0.5 / 255 + 1e-6
-    assert not ViewCache(
-        points + torch.tensor([0.0, 0.01, 0, 0, 0, 0]), **options
-    ).hit  # other content, other key
+    expected = render_points(points, cache.azimuth, cache.elevation, size=16)[:, 0]
+    assert (cache[:, 0] - expected).abs().max() <= 0.5 / 255 + 1e-6
+    moved = points + torch.tensor([0.0, 0.01, 0, 0, 0, 0])
+    assert not ViewCache(moved, **options).hit, "other content, other key"
+
+
+def test_an_unchanged_cache_is_opened_without_reading_it(tmp_path, monkeypatch):
+    "Every start compared the checksum of all views: 240 GB for ShapeNet at 30 views of 224 pixels, on every rank."
+    points = torch.stack([ball(seed=s) for s in range(3)])
+    options = dict(views=2, settings=ViewSettings(size=16), folder=tmp_path, progress=False)
+    ViewCache(points, **options)
+    monkeypatch.setattr("cg3d.core.cache.checksum", None)
+    assert ViewCache(points, **options).hit
+
+
+def test_cameras_are_built_on_the_device_of_their_angles(monkeypatch):
+    "look_at_view_transform copied every chunk of angles to the CPU and back."
+    import pytorch3d.renderer
+
+    devices, original = [], pytorch3d.renderer.look_at_view_transform
+
+    def watched(*args, device="cpu", **named):
+        devices.append(torch.device(device))
+        return original(*args, device=device, **named)
+
+    monkeypatch.setattr(pytorch3d.renderer, "look_at_view_transform", watched)
+    assert cameras(torch.zeros(2), torch.zeros(2), ViewSettings()).device == torch.device("cpu")
+    with pytest.raises(Exception, match="meta"):  # cameras read values, which a meta tensor has not
+        cameras(torch.zeros(2, device="meta"), torch.zeros(2, device="meta"), ViewSettings())
+    assert devices == [torch.device("cpu"), torch.device("meta")]
+
+
+def test_neighbors_of_other_devices_are_those_of_the_tree(monkeypatch):
+    "On a GPU `geometry.ops.knn` takes the place of the k-d tree."
+    from cg3d.geometry.ops import knn
+
+    xyz = ball(400)[None, :, :3]
+    distances, indices = neighbors(xyz, 13)
+    by_table = knn(xyz, xyz, 13)
+    assert torch.equal(indices, by_table[1]) and (distances - by_table[0]).abs().max() < 1e-6
+    meta = neighbors(torch.empty(1, 40, 3, device="meta"), 5)
+    assert meta[1].shape == (1, 40, 5) and meta[1].device.type == "meta"
+
+
+def test_angles():
+    for azimuth, elevation in ((torch.zeros(3), 20.0), (torch.zeros(2, 3), torch.zeros(3))):
+        assert [tuple(a.shape) for a in broadcast_angles(azimuth, elevation, 2, "cpu")] == [(2, 3)] * 2
+    for wrong in (torch.zeros(3, 3), torch.zeros(0), torch.zeros(1, 1, 1)):
+        with pytest.raises(ValueError, match=r"\(V,\) or \(2, V\)"):
+            broadcast_angles(wrong, wrong, 2, "cpu")
+
+
+@pytest.mark.parametrize("chunk", [1, 3, None])
+def test_views_do_not_depend_on_how_many_are_drawn_at_once(chunk):
+    points = torch.stack([ball(seed=s) for s in range(2)])
+    expected = render_points(points, *ring_views(3), size=24, chunk=100)
+    assert torch.equal(render_points(points, *ring_views(3), size=24, chunk=chunk), expected)
 
 
 def test_triplets(collection, tmp_path, monkeypatch):
@@ -226,6 +292,7 @@ def test_triplets(collection, tmp_path, monkeypatch):
         "caption 5"
     ]
     dealt = Triplets(collection, "train", **options, shuffle_texts=True)
-    assert dealt.said != data.said and sorted(map(str, dealt.said)) == sorted(map(str, data.said))
+    assert dealt.row_texts != data.row_texts
+    assert sorted(map(str, dealt.row_texts)) == sorted(map(str, data.row_texts))
     with pytest.raises(ValueError, match="points=999"):
         Triplets(collection, points=999)

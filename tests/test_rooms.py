@@ -1,4 +1,4 @@
-"""Composed rooms: nothing overlaps, sizes are real, seeds repeat, cameras see a part, demands that cannot be met are refused."""
+"""Synthetic rooms: no overlaps, real sizes, reproducible seeds, partial scans, and errors where objects do not fit."""
 
 import numpy as np
 import pandas as pd
@@ -11,14 +11,14 @@ from cg3d.io.shape import Shape
 from cg3d.scenes.synthetic_rooms import (
     RoomSettings,
     compose_room,
-    depth_error,
-    look,
-    pieces,
-    seen_from,
-    surface,
+    kinect_noise,
+    placeable_shapes,
+    resample_surface,
+    simulate_scan,
+    visible_points,
 )
 
-COARSE = RoomSettings(spacing=0.05, fewest=200)
+COARSE = RoomSettings(spacing=0.05, min_points=200)
 SIDES = ["width", "height", "depth"]
 
 
@@ -46,7 +46,7 @@ def overlap(a, b):
     return bool((np.minimum(a[1], b[1]) - np.maximum(a[0], b[0]) > 0.005).all())
 
 
-def test_things_stand_apart_and_inside(rooms):
+def test_objects_do_not_overlap_and_are_inside(rooms):
     for room in rooms:
         found, shell = boxes(room), room.points[room.instance < 0]
         assert isinstance(room, Scene) and len(found) > 5
@@ -64,7 +64,7 @@ def test_things_stand_apart_and_inside(rooms):
         assert (found[:, 0] >= shell.min(0) - 1e-3).all() and (found[:, 1] <= shell.max(0) + 1e-3).all()
 
 
-def test_every_thing_stands_on_something(rooms):
+def test_every_object_stands_on_something(rooms):
     for room in rooms:
         found = boxes(room)
         for low in found[:, 0]:
@@ -89,14 +89,14 @@ def test_sizes_are_real(rooms, test_shapes):
             )
 
 
-def test_points_are_spread_like_the_shape():
+def test_resampled_points_are_uniform():
     square = np.random.default_rng(0).uniform([-1, 0, -1], [1, 0.0, 1], (2000, 3))
-    xyz, rgb = surface(Shape(square, size=(3.0, 0.02, 3.0)), 0.03, 10, np.random.default_rng(0))
+    xyz, rgb = resample_surface(Shape(square, size=(3.0, 0.02, 3.0)), 0.03, 10, np.random.default_rng(0))
     assert 0.5 < len(xyz) / (9 / 0.03**2) < 2 and np.allclose(np.ptp(xyz[:, [0, 2]], axis=0), 3, atol=0.05)
     per_quarter = np.histogram2d(xyz[:, 0], xyz[:, 2], 4)[0]
     assert per_quarter.max() / per_quarter.min() < 1.6 and np.allclose(rgb, 0.4)
     repeated = Shape(np.repeat(square[:500], 4, 0), size=(3.0, 0.02, 3.0))
-    assert len(surface(repeated, 0.03, 10, np.random.default_rng(0))[0]) > 4000, (
+    assert len(resample_surface(repeated, 0.03, 10, np.random.default_rng(0))[0]) > 4000, (
         "repeated points do not thin a surface out"
     )
 
@@ -109,10 +109,10 @@ def test_seeds_repeat(rooms):
         and again.names == rooms[1].names
     )
     assert again.shapes != rooms[2].shapes
-    a, b = look(again, 2, seed=5), look(again, 2, seed=5)
-    assert (a.points == b.points).all() and len(look(again, 2, seed=6)) != len(a)
+    a, b = simulate_scan(again, 2, seed=5), simulate_scan(again, 2, seed=5)
+    assert (a.points == b.points).all() and len(simulate_scan(again, 2, seed=6)) != len(a)
     seen = compose_room(1, settings=COARSE, cameras=2)
-    assert (seen.points == look(rooms[1], 2, seed=1, spacing=COARSE.spacing).points).all()
+    assert (seen.points == simulate_scan(rooms[1], 2, seed=1, spacing=COARSE.spacing).points).all()
 
 
 def test_cameras_see_a_strict_subset(rooms):
@@ -120,13 +120,13 @@ def test_cameras_see_a_strict_subset(rooms):
         whole = {tuple(point) for point in room.points.tolist()}
         counts = []
         for cameras in (1, 3):
-            seen = look(room, cameras, noise=0, spacing=COARSE.spacing)
+            seen = simulate_scan(room, cameras, noise=0, spacing=COARSE.spacing)
             assert set(map(tuple, seen.points.tolist())) < whole
             counts.append(len(seen))
         assert counts[0] < counts[1]
 
 
-def test_what_is_behind_is_hidden():
+def test_points_behind_a_surface_are_hidden():
     "Against a ray test: a point of the far wall is seen where its ray misses the board in front."
     generator = np.random.default_rng(0)
     board, wall = (
@@ -134,7 +134,7 @@ def test_what_is_behind_is_hidden():
         generator.uniform([-1.5, 0, 3], [1.5, 2, 3], (40000, 3)),
     )
     eye = np.array([0.0, 1.0, 0.0])
-    seen = seen_from(np.concatenate([board, wall]), eye, np.array([0.0, 1.0, 3.0]), 0.015)
+    seen = visible_points(np.concatenate([board, wall]), eye, np.array([0.0, 1.0, 3.0]), 0.015)
     cut = eye + (wall - eye) / 2  # where the ray to the wall passes z = 1.5
     margin = np.maximum(
         np.abs(cut[:, 0]) - 0.5, np.abs(cut[:, 1] - 1.0) - 0.5
@@ -149,16 +149,16 @@ def test_what_is_behind_is_hidden():
 @pytest.mark.parametrize("noise", [1.0, 3.0])
 def test_noise_has_the_stated_deviation(rooms, noise):
     eye = np.array([0.6, 1.5, 0.6])
-    exact, rough = (look(rooms[0], noise=n, eyes=[eye], spacing=COARSE.spacing) for n in (0, noise))
+    exact, rough = (simulate_scan(rooms[0], noise=n, eyes=[eye], spacing=COARSE.spacing) for n in (0, noise))
     ray = exact.points.astype(float) - eye
     depth = np.linalg.norm(ray, axis=1)
     move = rough.points - exact.points
     along = (move * ray).sum(1) / depth
-    assert abs((along / depth_error(depth)).std() - noise) < 0.05 * noise and abs(along.mean()) < 0.001
+    assert abs((along / kinect_noise(depth)).std() - noise) < 0.05 * noise and abs(along.mean()) < 0.001
     assert np.abs(np.linalg.norm(move, axis=1) - np.abs(along)).max() < 1e-4, "along the ray only"
 
 
-def test_demands_are_met():
+def test_rows_objects_and_size_are_exact():
     room = compose_room(0, rows=[54, 33, 54, 12], size=(4, 3.5), settings=COARSE)
     assert sorted(room.shapes) == [12, 33, 54, 54] and np.allclose(
         room.points.max(0)[[0, 2]], [4, 3.5], atol=0.02
@@ -183,7 +183,7 @@ def test_backs_turn_to_the_wall(test_shapes):
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"),
+    ("options", "words"),
     [
         ({"objects": 40, "size": (3, 3)}, "larger size="),
         ({"objects": 0}, "objects=0"),
@@ -197,13 +197,15 @@ def test_backs_turn_to_the_wall(test_shapes):
         ({"cameras": -1}, "cameras=-1"),
     ],
 )
-def test_demands_that_cannot_be_met(asked, words):
+def test_rooms_that_are_impossible(options, words):
     with pytest.raises(ValueError, match=words):
-        compose_room(0, settings=COARSE, **asked)
+        compose_room(0, settings=COARSE, **options)
 
 
-@pytest.mark.parametrize("values", [{"spacing": 1.0}, {"floor_things": 0}, {"low": (7, 7)}, {"low": (0, 4)}])
-def test_settings_that_make_no_room(values):
+@pytest.mark.parametrize(
+    "values", [{"spacing": 1.0}, {"floor_objects": 0}, {"smallest": (7, 7)}, {"smallest": (0, 4)}]
+)
+def test_settings_out_of_range(values):
     with pytest.raises(ValueError, match=next(iter(values))):
         RoomSettings(**values)
 
@@ -213,19 +215,19 @@ def test_settings_that_make_no_room(values):
     [
         ({"noise": -1}, "noise=-1"),
         ({"noise": float("nan")}, "noise=nan"),
-        ({"eyes": [1, 2, 3]}, "places"),
+        ({"eyes": [1, 2, 3]}, "positions"),
         ({"cameras": 0}, "cameras=0"),
     ],
 )
-def test_cameras_that_are_none(rooms, wrong, words):
+def test_wrong_cameras(rooms, wrong, words):
     with pytest.raises(ValueError, match=words):
-        look(rooms[0], **wrong)
+        simulate_scan(rooms[0], **wrong)
 
 
 def test_shapes_without_a_size(tmp_path, test_shapes):
     sized, bare = test_shapes[0], Shape(test_shapes[1].points, test_shapes[1].colors, name="thing")
     mixed = write_collection(tmp_path / "mixed", [sized, bare])
-    assert pieces(mixed, COARSE) == ([0], []), "left out"
+    assert placeable_shapes(mixed, COARSE) == ([0], []), "left out"
     assert compose_room(0, mixed, settings=COARSE).shapes == [0]
     with pytest.raises(ValueError, match="no size"):
         compose_room(0, mixed, rows=[1], settings=COARSE)
@@ -240,4 +242,4 @@ def test_shapes_without_a_size(tmp_path, test_shapes):
             settings=COARSE,
         )
     with pytest.raises(ValueError, match="size in meters is not known"):
-        surface(bare, 0.02, 10, np.random.default_rng(0))
+        resample_surface(bare, 0.02, 10, np.random.default_rng(0))

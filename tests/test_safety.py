@@ -135,14 +135,15 @@ def test_a_damaged_checkpoint_is_left_out(struck, damage, capsys):
     def state(step):
         return read_manifest(folder / "checkpoints" / step)["files"]["state.pt"]["file"]
 
-    assert Checkpoint(folder).newest(torch.device("cpu"))["step"] == 3
+    assert Checkpoint(folder).read_newest(torch.device("cpu"))["step"] == 3
     DAMAGES[damage](state("00000003"))
     assert (
-        Checkpoint(folder).newest(torch.device("cpu"))["step"] == 2 and "left out" in capsys.readouterr().out
+        Checkpoint(folder).read_newest(torch.device("cpu"))["step"] == 2
+        and "skipped" in capsys.readouterr().out
     )
     flip(state("00000002"))
     with pytest.raises(DamagedFile, match="resume=False"):
-        Checkpoint(folder).newest(torch.device("cpu"))
+        Checkpoint(folder).read_newest(torch.device("cpu"))
 
 
 def test_what_else_was_lost_is_written_again(struck, half, backbone):  # noqa: F811
@@ -194,7 +195,9 @@ def test_a_scheduler_that_ends_the_job(struck, half, backbone, numbers):  # noqa
 
 
 def test_a_gradient_that_is_no_number_changes_nothing(config, backbone, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("cg3d.training.learner.each", lambda mine: [mine, ["of another process"]])
+    monkeypatch.setattr(
+        "cg3d.training.learner.all_gather_object", lambda mine: [mine, ["of another process"]]
+    )
     run, seen = learner(config, backbone), []
     first = next(run.model.encoder.parameters())
     handle = first.register_hook(lambda gradient: gradient * torch.nan if run.step == 2 else gradient)
@@ -308,9 +311,9 @@ def test_a_damaged_folder_is_written_again(tmp_path):
     index.save(tmp_path / "index")
     (tmp_path / "index" / "manifest.json").write_bytes(bytes(200))
     with pytest.raises(Cg3dError, match="write it again"):
-        ShapeIndex.open(tmp_path / "index")
+        ShapeIndex.load(tmp_path / "index")
     index.save(tmp_path / "index")
-    assert ShapeIndex.open(tmp_path / "index").search(np.eye(4, dtype=np.float32)[:1], 1)["id"].tolist() == [
+    assert ShapeIndex.load(tmp_path / "index").search(np.eye(4, dtype=np.float32)[:1], 1)["id"].tolist() == [
         "a"
     ]
 

@@ -1,4 +1,4 @@
-"""Shapes in shards: exactly once for any number of readers, training bit for bit, many processes through Ray, kill -9."""
+"""Shapes in shards: training bit for bit, many processes through Ray, kill -9."""
 
 import os
 import shutil
@@ -16,14 +16,15 @@ from cg3d.data.furniture import furniture
 from cg3d.data.registry import check_data, read_dataset
 from cg3d.data.shard_writer import write_shards
 from cg3d.data.shards import read_shards
+from cg3d.data.triplets import Triplets, collate
 from cg3d.io.collection import write_collection
 from cg3d.models.clip_backbone import load_backbone
-from cg3d.pretrained.hub import from_pretrained, read_embeddings
+from cg3d.pretrained.factory import load
 from cg3d.search.batch_embed import embed_source, open_source
-from cg3d.search.ray import cluster, embed_with_ray, pack_with_ray
+from cg3d.search.embeddings import read_embeddings
+from cg3d.search.ray import embed_with_ray, pack_with_ray, ray_cluster
 from cg3d.training.config import TrainConfig
 from cg3d.training.pretrain import make_learner, make_triplets, read_data
-from cg3d.zz.streams import Stream, stream_order
 
 pytest.importorskip("webdataset")
 
@@ -38,42 +39,6 @@ def shards(some, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     write_shards(some, folder, per_shard=9, dtype="float32")
     return folder
-
-
-def test_every_row_once_for_any_number_of_readers(shards):
-    tar = read_shards(shards).packed.tar
-    for readers in (1, 2, 3, 7, 16, 100):
-        parts = [stream_order(tar, 5, 2, reader, readers, 8) for reader in range(readers)]
-        assert (
-            sorted(np.concatenate(parts).tolist()) == list(range(61))
-            and max(map(len, parts)) - min(map(len, parts)) <= 1
-        )
-    first, second = stream_order(tar, 5, 0, window=16), stream_order(tar, 5, 1, window=16)
-    assert (first != second).any() and (first == stream_order(tar, 5, 0, window=16)).all()
-
-
-def test_ranks_with_workers_see_every_shape_once_and_go_on_at_any_batch(shards, tmp_path):
-    triplets, seen, later = (
-        make_triplets(
-            read_data(str(shards)),
-            TrainConfig(train_split="train+val+test", weight_3d_image=0, weight_image_text=0),
-            progress=False,
-        ),
-        [],
-        [],
-    )
-    for rank in range(2):
-        stream = Stream(triplets, batch_size=5, seed=1, window=10, rank=rank, world=2)
-        for kept, done in ((seen, 0), (later, 2)):
-            stream.set_epoch(4, done)
-            kept.append(
-                [batch["id"] for batch in torch.utils.data.DataLoader(stream, batch_size=None, num_workers=2)]
-            )
-    assert sorted(name for rank in seen for ids in rank for name in ids) == sorted(triplets.ids)
-    assert all(
-        {tuple(ids) for ids in late} < {tuple(ids) for ids in whole} and len(late) == len(whole) - 4
-        for late, whole in zip(later, seen)
-    )
 
 
 def config_of(data, folder, **more):
@@ -124,6 +89,16 @@ def test_the_learner_trains_from_a_folder_or_a_url_and_goes_on_bit_for_bit(some,
     )
 
 
+def test_workers_of_a_data_loader_see_every_shape_once_and_the_same_items(shards):
+    triplets = Triplets(read_shards(shards), points=64, views=0)
+    loader = torch.utils.data.DataLoader(triplets, batch_size=7, num_workers=2, collate_fn=collate)
+    batches = list(loader)
+    assert [name for batch in batches for name in batch["id"]] == triplets.ids
+    direct = triplets.batch(range(61))
+    assert torch.equal(torch.cat([batch["points"] for batch in batches]), direct["points"])
+    assert [text for batch in batches for text in batch["texts"]] == direct["texts"]
+
+
 def test_frozen_training_takes_the_features_in_the_shards(some, tmp_path, monkeypatch):
     few, tower = some.select(np.arange(61) < 8), load_backbone("nano")
     write_shards(few, tmp_path / "s", backbone=tower, form="none", per_shard=5, views=2, size=32)
@@ -150,7 +125,7 @@ def test_frozen_training_takes_the_features_in_the_shards(some, tmp_path, monkey
     assert learner.data.batch([0, 3])["images"].shape == (2, tower.dim) and np.isfinite(
         learner.fit().logs["loss"]
     )
-    with pytest.raises(MissingFile, match="features and no pictures"):
+    with pytest.raises(MissingFile, match="features and no images"):
         make_triplets(read_data(config.data), config, progress=False).batch([0])
 
 
@@ -167,7 +142,7 @@ def test_damage_is_told_with_shard_and_sample(some, tmp_path):
     write_shards(some.select(np.arange(61) < 6), tmp_path / "s", per_shard=3)
     tar, whole = tmp_path / "s" / "shard-000001.tar", (tmp_path / "s" / "shard-000001.tar").read_bytes()
     shards = read_shards(tmp_path / "s")
-    at = int(shards.packed.at[4]) + 3000
+    at = int(shards.packed.start[4]) + 3000
     tar.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     read_shards(tmp_path / "s")[3]
     with pytest.raises(DamagedFile, match=r"shard-000001.tar: sample '.*checksum"):
@@ -197,7 +172,7 @@ def test_damage_is_told_with_shard_and_sample(some, tmp_path):
 def test_a_published_set_travels_with_its_labels_and_pictures(tmp_path):
     miniatures.cg3d(tmp_path / "raw")
     published = read_dataset(tmp_path / "raw")
-    write_shards(published, tmp_path / "s", per_shard=3, points=published.count, views=3, size=32)
+    write_shards(published, tmp_path / "s", per_shard=3, points=published.points_per_shape, views=3, size=32)
     again = read_dataset(tmp_path / "s")
     assert (
         check_data(tmp_path / "s").ok
@@ -232,6 +207,83 @@ def test_a_broken_file_costs_a_line_in_the_manifest(some, tmp_path):
     assert not list((tmp_path / "t").iterdir())
 
 
+class FailingSource:
+    "A collection of which the second shape raises an error."
+
+    def __init__(self, shapes, error):
+        self.shapes, self.error, self.name, self.table, self.tried = shapes, error, "failing", shapes.table, 0
+
+    def __len__(self):
+        return len(self.shapes)
+
+    def read(self, row):
+        self.tried += 1
+        if row >= 1 and self.error:
+            raise self.error
+        return self.shapes[row]
+
+
+def test_a_problem_of_the_shape_costs_a_line_and_a_problem_of_the_program_stops(some, tmp_path):
+    few = some.select(np.arange(61) < 6)
+    source = FailingSource(few, InputError("points hold NaN; mend the file"))
+    shards = write_shards(source, tmp_path / "a", per_shard=3)
+    assert len(shards) == 1 and len(shards.manifest["problems"]) == 5
+    source = FailingSource(few, KeyError("a mistake in a program"))
+    with pytest.raises(KeyError, match="a mistake"):
+        write_shards(source, tmp_path / "b", per_shard=3)
+    assert source.tried == 2
+
+
+def out_of_memory(kind):
+    "Memory that runs out, as the libraries report it."
+    if kind == "cuda":
+        return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    if kind == "cpu":
+        return RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+    if kind == "file":  # as `cg3d.core.untrusted.refusal` wraps it
+        error = InputError("a.ply: needs more memory than there is")
+        error.__cause__ = MemoryError()
+        return error
+    return MemoryError()
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu", "file", "python"])
+def test_exhausted_memory_is_told_once_and_the_same_call_continues(some, tmp_path, kind):
+    few = some.select(np.arange(61) < 6)
+    source = FailingSource(few, out_of_memory(kind))
+    with pytest.raises(Cg3dError, match="out of memory while shard 0 was made.*the same call continues"):
+        write_shards(source, tmp_path / "s", per_shard=3)
+    assert source.tried == 2 and not (tmp_path / "s" / "manifest.json").exists()
+    source.error = None
+    assert len(write_shards(source, tmp_path / "s", per_shard=3)) == 6
+
+
+def test_a_full_gpu_halves_the_batch_of_views(some, tmp_path, monkeypatch):
+    few, tower, sizes = some.select(np.arange(61) < 2), load_backbone("nano"), []
+    encode = tower.encode_image
+
+    def small_gpu(images):
+        sizes.append(len(images))
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(images)
+
+    options = {"backbone": tower, "form": "none", "views": 3, "size": 32}
+    whole = write_shards(few, tmp_path / "a", **options)
+    monkeypatch.setattr(tower, "encode_image", small_gpu)
+    halved = write_shards(few, tmp_path / "b", **options)
+    assert sizes == [3, 1, 2, 1, 1] * 2
+    for row in range(2):
+        cosine = (halved.features(row)["views"] * whole.features(row)["views"]).sum(1, dtype=np.float32)
+        norms = np.linalg.norm(whole.features(row)["views"].astype(np.float32), axis=1) ** 2
+        assert halved.features(row)["views"].shape == (3, tower.dim) and np.allclose(
+            cosine / norms, 1, atol=1e-2
+        )
+    monkeypatch.setattr(tower, "encode_image", lambda images: small_gpu(images.repeat(2, 1, 1, 1)))
+    with pytest.raises(Cg3dError, match="out of memory"):
+        write_shards(few, tmp_path / "c", **options)
+
+
 def ours(pid):
     "Processes below this one"
     table = [
@@ -248,14 +300,30 @@ def ours(pid):
 
 KILLED = """
 import sys, time
-from cg3d.bulk import open_source
-from cg3d.many import embed_many
-from cg3d.share import from_pretrained
+from cg3d.pretrained.factory import load
+from cg3d.search.batch_embed import open_source
+from cg3d.search.ray import embed_with_ray
+
 calls = []
-def step(done):
-    calls.append(done)
-    if len(calls) == 3: print("here", flush=True), time.sleep(600)
-embed_many(open_source(sys.argv[1] + "/some"), from_pretrained("nano"), sys.argv[1] + "/e.parquet", name="nano", batch_size=2, settings={"up": ""}, step=step)
+
+
+def wait_at_third(count):
+    calls.append(count)
+    if len(calls) == 3:
+        print("waiting", flush=True)
+        time.sleep(600)
+
+
+folder = sys.argv[1]
+embed_with_ray(
+    open_source(folder + "/some"),
+    load("nano"),
+    folder + "/e.parquet",
+    name="nano",
+    batch_size=2,
+    settings={"up": ""},
+    on_progress=wait_at_third,
+)
 """
 
 
@@ -269,12 +337,12 @@ def test_many_processes_killed_and_started_again_have_every_shape_once(some, tmp
         text=True,
         env=os.environ | {"RAY_USAGE_STATS_ENABLED": "1"},
     )
-    child.stdout.readline()  # two pieces are done: it stands still
+    assert child.stdout.readline() == "waiting\n"  # two pieces are done
     family = ours(child.pid)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL and not (tmp_path / "e.parquet").exists() and family
-    source, model, done = open_source(f"{tmp_path}/some"), from_pretrained("nano"), []
-    with cluster(2) as ray:
+    source, model, done = open_source(f"{tmp_path}/some"), load("nano"), []
+    with ray_cluster(2) as ray:
         assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
         report = embed_with_ray(
             source,
@@ -283,7 +351,7 @@ def test_many_processes_killed_and_started_again_have_every_shape_once(some, tmp
             name="nano",
             batch_size=2,
             settings={"up": ""},
-            step=done.append,
+            on_progress=done.append,
         )
         pack_with_ray(some, tmp_path / "many", per_shard=16, views=1, size=16)
     assert not ray.is_initialized()

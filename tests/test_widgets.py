@@ -1,4 +1,4 @@
-"""The widgets without a browser: what typing, clicking and uploading call, and what they answer to bad input."""
+"""The widgets without a browser: the methods behind typing, clicking and uploading, and their errors."""
 
 import re
 import time
@@ -10,7 +10,7 @@ import trimesh
 from nbconvert.preprocessors import ExecutePreprocessor
 
 from cg3d.io.scene import Scene
-from cg3d.models.cg3d import load
+from cg3d.pretrained.factory import load
 from cg3d.scenes.synthetic_rooms import RoomSettings, compose_room
 from cg3d.viz.widgets import AskTheRoom, ClassifyMyShape, Explorer, RunMonitor
 
@@ -26,12 +26,12 @@ def explorer(model):
 
 
 def words(widget) -> str:
-    """What an HTML part says, without its tags."""
+    """Text of an HTML part without its tags."""
     return re.sub(r"<[^>]+>", " ", widget.value)
 
 
-def said(panel) -> str:
-    """The status line as the reader sees it; it has to be one line without a trace."""
+def status_text(panel) -> str:
+    """Text of the status line, which must be one line without a traceback or a temporary path."""
     assert "\n" not in panel.message and "Traceback" not in panel.message and "/tmp" not in panel.message
     assert 'role="status"' in panel.status.value and 'aria-live="polite"' in panel.status.value
     return panel.message
@@ -39,13 +39,13 @@ def said(panel) -> str:
 
 def send(upload, name: str, data: bytes, announced: int | None = None, pieces: int = 3) -> None:
     """A file as the browser sends it."""
-    upload._hear(
+    upload._receive(
         upload, dict(kind="start", name=name, size=len(data) if announced is None else announced), []
     )
     step = max(1, -(-len(data) // pieces))
     for start in range(0, len(data), step):
-        upload._hear(upload, dict(kind="piece"), [memoryview(data[start : start + step])])
-    upload._hear(upload, dict(kind="end"), [])
+        upload._receive(upload, dict(kind="piece"), [memoryview(data[start : start + step])])
+    upload._receive(upload, dict(kind="end"), [])
 
 
 # ------------------------------------------------------------------ Explorer
@@ -53,8 +53,8 @@ def send(upload, name: str, data: bytes, announced: int | None = None, pieces: i
 
 def test_explorer_answers_a_question_with_the_nearest_of_each_kind(explorer, model):
     explorer.question.value = "a wooden chair"
-    assert not explorer.problem and "a wooden chair" in said(explorer)
-    cosine = explorer.vectors @ model.embed_text(["a wooden chair"])[0].cpu()
+    assert not explorer.problem and "a wooden chair" in status_text(explorer)
+    cosine = explorer.vectors @ model.encode_text(["a wooden chair"])[0].cpu()
     for kind, part in explorer.nearest.groupby("kind"):
         rows = [row for row, word in enumerate(explorer.kinds) if word == kind]
         expected = sorted(rows, key=lambda row: -cosine[row])[: explorer.top]
@@ -84,7 +84,7 @@ def test_a_click_on_the_map_shows_that_shape_and_not_itself_among_its_neighbors(
     explorer.map.selected = 12 + row  # its picture
     assert explorer.selected == row
     explorer.map.selected = explorer.kinds.index("text")
-    assert not explorer.problem and "text" in said(explorer)
+    assert not explorer.problem and "text" in status_text(explorer)
 
 
 def test_the_pointer_over_a_mark_brings_its_picture(explorer):
@@ -97,9 +97,9 @@ def test_an_empty_or_strange_question_leaves_the_last_answer(explorer):
     kept = explorer.lists.value
     for question in ("", "   "):
         explorer.search(question)
-        assert explorer.problem and "empty" in said(explorer) and explorer.lists.value == kept
+        assert explorer.problem and "empty" in status_text(explorer) and explorer.lists.value == kept
     explorer.select(10_000)
-    assert explorer.problem and "10000" in said(explorer)
+    assert explorer.problem and "10000" in status_text(explorer)
     explorer.search("<script>alert(1)</script> " + "word " * 300)  # long, and what a browser must not run
     assert "<script>" not in explorer.status.value and "<script>" not in explorer.lists.value
 
@@ -126,7 +126,7 @@ def test_an_upload_in_pieces_is_read_and_named(mine, model, box):
     send(mine.upload, "my box.glb", box)
     assert (
         not mine.problem
-        and said(mine).startswith("my box: ")
+        and status_text(mine).startswith("my box: ")
         and mine.cloud.label == "my box"
         and len(mine.cloud.xyz) > 0
     )
@@ -146,15 +146,15 @@ def test_edited_labels_change_the_bars_without_a_second_upload(mine, box):
         mine.shape is shape
         and mine.bars.value != before
         and sorted(mine.answers["label"]) == ["box", "chair"]
-        and "blank" in said(mine)
+        and "blank" in status_text(mine)
     )
 
 
 @pytest.mark.parametrize(
     "labels, line",
     [
-        ("box\nball\nbox", "label 'box' stands there 2 times"),
-        (" box\nbox ", "label 'box' stands there 2 times"),
+        ("box\nball\nbox", "label 'box' is given 2 times"),
+        (" box\nbox ", "label 'box' is given 2 times"),
         ("box", "at least two labels"),
         ("", "at least two labels"),
         ("\n \n", "at least two labels"),
@@ -164,7 +164,7 @@ def test_bad_labels_are_a_clear_line_and_the_last_bars_stay(mine, box, labels, l
     send(mine.upload, "box.glb", box)
     kept = mine.bars.value
     mine.labels.value = labels
-    assert mine.problem and line in said(mine) and mine.bars.value == kept
+    assert mine.problem and line in status_text(mine) and mine.bars.value == kept
     mine.labels.value = "box\nball"
     assert not mine.problem, "and the next good labels work"
 
@@ -172,40 +172,40 @@ def test_bad_labels_are_a_clear_line_and_the_last_bars_stay(mine, box, labels, l
 @pytest.mark.parametrize(
     "name, data, line",
     [
-        ("letter.glb", b"I am a letter, not a mesh", "letter.glb: cannot be read"),
+        ("letter.glb", b"I am a letter, not a mesh", "letter.glb: its JSON cannot be parsed"),
         ("empty.ply", b"", "empty.ply is empty"),
         ("chair.blend", b"BLENDER", "chair.blend: unknown suffix '.blend'"),
         ("noname", b"x", "noname: unknown suffix"),
         ("broken.obj", b"v 0 0 nan\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "broken.obj"),
         ("faces.stl", b"solid \x00\xff\xfe nothing", "faces.stl"),
-        ("../../etc/passwd.glb", b"root", "passwd.glb: cannot be read"),
+        ("../../etc/passwd.glb", b"root", "passwd.glb: its JSON cannot be parsed"),
     ],
 )
 def test_bad_files_are_a_clear_line_and_the_last_shape_stays(mine, box, name, data, line):
     send(mine.upload, "box.glb", box)
     shape, bars = mine.shape, mine.bars.value
     send(mine.upload, name, data)
-    assert mine.problem and line in said(mine) and mine.shape is shape and mine.bars.value == bars
+    assert mine.problem and line in status_text(mine) and mine.shape is shape and mine.bars.value == bars
     send(mine.upload, "again.glb", box)
     assert not mine.problem and mine.shape.name == "again"
 
 
 def test_a_200_mb_upload_is_refused_before_it_is_sent(mine):
-    mine.upload._hear(mine.upload, dict(kind="refused", name="huge.ply", size=200_000_000), [])
-    assert mine.problem and said(mine).startswith("huge.ply has 200 MB; the limit is 1 MB")
-    mine.upload._hear(mine.upload, dict(kind="start", name="huge.ply", size=200_000_000), [])
-    mine.upload._hear(mine.upload, dict(kind="piece"), [b"x" * 1000])
-    mine.upload._hear(mine.upload, dict(kind="end"), [])
-    assert mine.problem and mine.shape is None and "limit is 1 MB" in said(mine)
+    mine.upload._receive(mine.upload, dict(kind="refused", name="huge.ply", size=200_000_000), [])
+    assert mine.problem and status_text(mine).startswith("huge.ply has 200 MB; the limit is 1 MB")
+    mine.upload._receive(mine.upload, dict(kind="start", name="huge.ply", size=200_000_000), [])
+    mine.upload._receive(mine.upload, dict(kind="piece"), [b"x" * 1000])
+    mine.upload._receive(mine.upload, dict(kind="end"), [])
+    assert mine.problem and mine.shape is None and "limit is 1 MB" in status_text(mine)
     send(mine.upload, "liar.ply", bytes(5000), announced=1000)
-    assert mine.problem and "more than" in said(mine)
+    assert mine.problem and "more than" in status_text(mine)
     send(mine.upload, "short.ply", bytes(100), announced=1000)
-    assert mine.problem and "100 of 1,000 bytes" in said(mine)
+    assert mine.problem and "100 of 1,000 bytes" in status_text(mine)
     mine.receive("big.ply", bytes(1_500_000))  # past the upload box
-    assert mine.problem and "limit is 1 MB" in said(mine)
+    assert mine.problem and "limit is 1 MB" in status_text(mine)
 
 
-def test_the_up_axis_can_be_said_after_the_upload(mine):
+def test_the_up_axis_can_be_set_after_the_upload(mine):
     send(mine.upload, "tall.glb", trimesh.creation.box((1, 1, 3)).export(file_type="glb"))
     before = np.ptp(mine.shape.points, axis=0)
     mine.up.value = "z"
@@ -216,14 +216,14 @@ def test_the_up_axis_can_be_said_after_the_upload(mine):
 # ------------------------------------------------------------------ Ask the room
 
 
-def test_the_room_lights_up_where_the_answer_is(model):
-    room = compose_room(1005, settings=RoomSettings(floor_things=4, small_things=1, spacing=0.05))
+def test_a_query_colors_the_room_by_heat(model):
+    room = compose_room(1005, settings=RoomSettings(floor_objects=4, small_objects=1, spacing=0.05))
     asking = AskTheRoom(room, model)
     plain = asking.cloud.rgb
     asking.question.value = "something to sit on"
     assert (
         not asking.problem
-        and "something to sit on" in said(asking)
+        and "something to sit on" in status_text(asking)
         and asking.cloud.label == "something to sit on"
     )
     colors = np.frombuffer(asking.cloud.rgb, np.uint8).reshape(-1, 3)
@@ -235,12 +235,12 @@ def test_the_room_lights_up_where_the_answer_is(model):
     kept = asking.cloud.rgb
     for question in ("", "?!"):
         asking.ask(question)
-        assert asking.problem and said(asking) and asking.cloud.rgb == kept
+        assert asking.problem and status_text(asking) and asking.cloud.rgb == kept
     asking.show_colors()
     assert asking.cloud.rgb == plain and not asking.problem
 
 
-def test_a_scan_without_colors_or_with_z_up_is_asked_too(model):
+def test_a_scan_without_colors_or_with_z_up(model):
     generator = np.random.default_rng(0)
     floor = np.c_[generator.uniform(0, 3, (1500, 2)), np.zeros(1500)]
     thing = np.c_[generator.uniform(1, 1.6, (600, 2)), generator.uniform(0.02, 0.8, 600)]
@@ -304,7 +304,7 @@ def test_a_table_without_epochs_or_columns_is_one_line(tmp_path):
 
 def test_a_notebook_with_all_four_stays_under_200_kb(tmp_path):
     cells = [
-        "from cg3d.viz.widgets import AskTheRoom, ClassifyMyShape, Explorer, RunMonitor\nfrom cg3d.models.cg3d import load\nfrom cg3d.scenes.synthetic_rooms import compose_room\nimport trimesh\nfrom IPython.display import display\nmodel = load('nano')",
+        "from cg3d.viz.widgets import AskTheRoom, ClassifyMyShape, Explorer, RunMonitor\nfrom cg3d import load\nfrom cg3d.scenes.synthetic_rooms import compose_room\nimport trimesh\nfrom IPython.display import display\nmodel = load('nano')",
         "explorer = Explorer(model, limit=40); explorer.search('a wooden chair'); explorer.map.hovered = 2; display(explorer)",
         "mine = ClassifyMyShape(model); mine.receive('box.glb', trimesh.creation.box((1, 2, 1)).export(file_type='glb')); display(mine)",
         "asking = AskTheRoom(compose_room(1)); asking.ask('a chair'); display(asking)",

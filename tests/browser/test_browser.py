@@ -189,7 +189,7 @@ def test_an_upload_is_named_and_bad_ones_are_refused(page, shots, tmp_path):
     page.screenshot(path=shots / "4_upload.png")
     kept = bars.inner_text()
     for name, words in (
-        ("letter.glb", "letter.glb: cannot be read"),
+        ("letter.glb", "letter.glb: its JSON cannot be parsed"),
         ("huge.ply", "huge.ply has 200 MB; the limit is 50 MB"),
     ):
         upload.set_input_files(tmp_path / name)
@@ -197,7 +197,7 @@ def test_an_upload_is_named_and_bad_ones_are_refused(page, shots, tmp_path):
         assert bars.inner_text() == kept, "the last answer stays"
     labels.fill("chair\nball\nchair")
     labels.press("Tab")
-    expect(line).to_contain_text("label 'chair' stands there 2 times")
+    expect(line).to_contain_text("label 'chair' is given 2 times")
     page.screenshot(path=shots / "5_refused.png")
     assert page.get_by_text("Traceback").count() == 0
 
