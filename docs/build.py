@@ -87,7 +87,7 @@ def api_page(module_name: str) -> str | None:
     "Markdown of a module's public functions and classes; None when it has none."
     module = importlib.import_module(module_name)
     names = [name for name in getattr(module, "__all__", ()) if not name.isupper()]
-    items = [(name, getattr(module, name)) for name in names if hasattr(module, name)]
+    items = [(name, getattr(module, name)) for name in names]
     items = [(name, item) for name, item in items if inspect.isclass(item) or inspect.isfunction(item)]
     if not items:
         return None

@@ -30,35 +30,13 @@ from cloud_writer import (
     vertices,
 )
 from gltf_writer import BOX, FACES
+from mesh_checks import color, extent
 
 from cg3d.core.errors import Cg3dError, InputError, UnsafeFile
 from cg3d.core.untrusted import limits
 from cg3d.io.read import read_mesh, read_points
 from cg3d.io.shape import read_shape
 from cg3d.io.splat import SH_DEGREE_0
-
-
-@pytest.fixture
-def read(tmp_path):
-    "Write a file and read it as a mesh."
-
-    def write_and_read(name: str, content: str | bytes, **beside: bytes):
-        for other, data in beside.items():
-            (tmp_path / other.replace("__", ".")).write_bytes(data)
-        (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
-        return read_mesh(tmp_path / name)
-
-    return write_and_read
-
-
-def extent(mesh) -> list[float]:
-    return np.ptp(mesh.bounds, axis=0).round(4).tolist()
-
-
-def color(mesh) -> list[float] | None:
-    _, colors = mesh.sample(2048, np.random.default_rng(0))
-    return None if colors is None else np.nanmean(colors, 0).round(2).tolist()
-
 
 # PLY
 

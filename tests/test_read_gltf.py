@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gltf_writer import BOX, FACES, Gltf, picture
+from mesh_checks import extent
 from PIL import Image
 
 from cg3d.core.errors import Cg3dError, InputError, MissingPackage, UnsafeFile
@@ -25,10 +26,6 @@ KTX2 = base64.b64decode(
     "AAAAAADAAAAAAAAAABAAAAAAAAAAEAAAAAAAAAAsAAAAAAAAAAIAKACmAQIAAwMAABAAAAAAAAAAAAB/AAAAAAAAAAAA/////x8A"
     "AABLVFh3cml0ZXIAQmFzaXMgVW5pdmVyc2FsIDIuMTAAAAQAAAB/fwAA9x8A4B96AAAAAAAAAAAAAA=="
 )
-
-
-def extent(mesh) -> list[float]:
-    return np.ptp(mesh.bounds, axis=0).round(4).tolist()
 
 
 def color(mesh) -> list[float] | None:

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 from gltf_writer import BOX, FACES, picture
+from mesh_checks import color as mean_color
+from mesh_checks import extent
 from PIL import Image
 
 from cg3d.core.errors import Cg3dError, InputError, MissingFile, UnsafeFile
@@ -36,13 +38,8 @@ def colored(values: str, vertices: str = VERTICES) -> str:
     return vertices.replace("\n", f" {values}\n")
 
 
-def extent(mesh) -> list[float]:
-    return np.ptp(mesh.bounds, axis=0).round(4).tolist()
-
-
 def color(mesh) -> list[float] | None:
-    _, colors = mesh.sample(2048, np.random.default_rng(0))
-    return None if colors is None else np.nanmean(colors, 0).round(3).tolist()
+    return mean_color(mesh, 3)
 
 
 # lines

@@ -206,6 +206,7 @@ def shape_views(
     size: int,  # pixels
     as_points: bool,  # draw points even if there are faces
     up: str,  # y, z or "": that of the format
+    max_mb: float,  # size limit of the file, megabytes
 ):  # Tensor, (V, 3, size, size), in [0, 1]
     """Views of the surface of a mesh, or of the points of a cloud.
 
@@ -215,17 +216,18 @@ def shape_views(
     from cg3d.io.read import FORMAT_BY_SUFFIX, read_mesh
     from cg3d.render.mesh import render_mesh
     from cg3d.render.points import render_points
+    from cg3d.search.batch_embed import check_size
 
-    shape = source.read(0)  # checks the size and the content of the file
     path = Path(source.table["path"][0]) if "path" in source.table else None
     if path is not None and path.suffix.lower() in FORMAT_BY_SUFFIX and not as_points:
+        check_size(path, max_mb)
         mesh = read_mesh(path)
         for text in mesh.warnings:
             print_note(f"{path}: {text}")
         if mesh.face_count:
             return render_mesh(mesh, *cameras, size=size, up=up or None)[0]
         print_note(f"{path}: no faces in it, its points are drawn")
-    return render_points(shape.cloud()[None], *cameras, size=size)[0]
+    return render_points(source.read(0).cloud()[None], *cameras, size=size)[0]
 
 
 @app.command()
@@ -254,7 +256,7 @@ def render(
     if len(source) > 1:
         raise InputError(f"{shape} holds {len(source)} shapes; give one shape file")
     cameras = ring_views(views, elevation)
-    save_views(shape_views(source, cameras, size, points, up), path)
+    save_views(shape_views(source, cameras, size, points, up, max_mb), path)
     facts = {"out": str(path), "views": views, "size": size}
     facts |= {"azimuth": cameras[0].tolist(), "elevation": elevation}
     print_result(facts, as_json, lambda: print_note(f"{views} views in {path}"))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Cg3dError', 'InputError', 'UnsafeFile', 'DamagedFile', 'KindError', 'MissingFile', 'NoSuchRow', 'PathTaken',
-           'CannotWrite', 'MissingPackage', 'Diverged', 'Unreachable']
+           'CannotWrite', 'MissingPackage', 'Diverged', 'HubError']
 
 # %% ../../nbs/core/00_errors.ipynb #0801e218
 import os
@@ -81,5 +81,5 @@ class Diverged(Cg3dError, FloatingPointError):
     "Training gives NaN or infinite numbers."
 
 
-class Unreachable(Cg3dError, ConnectionError):
-    "A server cannot be reached, or refuses the request."
+class HubError(Cg3dError, ConnectionError):
+    "The hub, or another server, cannot be reached."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_OPTIONS', 'DTYPES', 'LOCAL_COLUMNS', 'ShardSettings', 'sample_words', 'encode_array', 'encode_views',
-           'is_out_of_memory', 'encode_features', 'need_webdataset', 'ShardWriter', 'record_name', 'write_shards',
-           'folder_lock', 'collection_hash', 'write_manifest']
+           'encode_features', 'need_webdataset', 'ShardWriter', 'record_name', 'write_shards', 'folder_lock',
+           'collection_hash', 'write_manifest']
 
 # %% ../../nbs/data/11_shard_writer.ipynb #c03
 import contextlib
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..core.atomic import MANIFEST, exclusive_lock
 from ..core.config import check_settings
+from ..core.device import is_out_of_memory
 from ..core.errors import Cg3dError, InputError, MissingPackage, PathTaken
 from .captions import color_words
 from .registry import LazyCollection
@@ -116,17 +117,6 @@ def encode_views(
     return files
 
 # %% ../../nbs/data/11_shard_writer.ipynb #sw04
-def is_out_of_memory(error: BaseException) -> bool:
-    "Whether an error, or the error that caused it, says that memory is exhausted."
-    while error is not None:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            return True
-        if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
-            return True  # PyTorch's CPU allocator has no class of its own
-        error = error.__cause__
-    return False
-
-
 @torch.no_grad()
 def encode_features(
     backbone,  # frozen image tower: .encode_image, .parameters

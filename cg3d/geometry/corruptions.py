@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
-from .ops import check_points, gather, knn, normalize
+from .ops import check_points, gather, knn, normalize, random_normal, random_uniform
 
 # %% ../../nbs/geometry/04_corruptions.ipynb #corrup05
 LEVELS = (1, 2, 3, 4, 5)
@@ -25,11 +25,11 @@ LEVELS = (1, 2, 3, 4, 5)
 def _uniform(
     shape: tuple[int, ...], low: float, high: float, generator: torch.Generator | None, device: torch.device
 ) -> Tensor:
-    return low + (high - low) * torch.rand(shape, generator=generator, device=device)
+    return low + (high - low) * random_uniform(shape, generator, device)
 
 
 def _normal(points: Tensor, generator: torch.Generator | None) -> Tensor:  # standard normal, as xyz of points
-    return torch.randn(points[..., :3].shape, generator=generator, device=points.device)
+    return random_normal(points[..., :3].shape, generator, points.device)
 
 
 def _scaled_count(count: float, points: Tensor) -> int:
@@ -98,7 +98,7 @@ def _cluster_sizes(total: int, generator: torch.Generator | None, device: torch.
 def _random_order(
     points: Tensor, generator: torch.Generator | None
 ) -> Tensor:  # (B, N), a permutation a cloud
-    return torch.rand(points.shape[:2], generator=generator, device=points.device).argsort(1)
+    return random_uniform(points.shape[:2], generator, points.device).argsort(1)
 
 
 def corrupt_drop_global(
@@ -138,10 +138,8 @@ def corrupt_add_global(
 ) -> Tensor:  # (B, more, 3|6)
     "Add points drawn evenly from the unit ball (ModelNet-C)."
     shape = (len(points), _scaled_count(10 * level, points))
-    direction = torch.nn.functional.normalize(
-        torch.randn((*shape, 3), generator=generator, device=points.device), dim=-1
-    )
-    radius = torch.rand(shape, generator=generator, device=points.device) ** (1 / 3)
+    direction = torch.nn.functional.normalize(random_normal((*shape, 3), generator, points.device), dim=-1)
+    radius = random_uniform(shape, generator, points.device) ** (1 / 3)
     return torch.cat([points, _with_random_colors(points, direction * radius[..., None], generator)], 1)
 
 
@@ -156,7 +154,7 @@ def corrupt_add_local(
         chosen = torch.randint(points.shape[1], (len(points), 1), generator=generator, device=points.device)
         center = gather(points, chosen)[..., :3]
         sigma = _uniform((len(points), 1, 1), 0.075, 0.125, generator, points.device)
-        noise = torch.randn((len(points), size, 3), generator=generator, device=points.device)
+        noise = random_normal((len(points), size, 3), generator, points.device)
         clusters.append(center + sigma * noise)
     added = torch.cat(clusters, 1)
     square = added.square().sum(-1, keepdim=True)
@@ -233,7 +231,7 @@ def _select(points: Tensor, changed: Tensor, p: float, generator: torch.Generato
     "`changed` for clouds chosen with probability p, the others as they were."
     if not 0 <= p <= 1:
         raise InputError(f"p={p} is not a probability in [0, 1]", field="p", value=p)
-    chosen = torch.rand((len(points), 1, 1), generator=generator, device=points.device) < p
+    chosen = random_uniform((len(points), 1, 1), generator, points.device) < p
     return torch.where(chosen, changed, points)
 
 
@@ -284,7 +282,7 @@ def noise_color(
 ) -> Tensor:  # as points
     "Add Gaussian noise to colors."
     scale = _uniform((len(points), 1, 1), 0, sigma, generator, points.device)
-    noise = torch.randn(points[..., 3:].shape, generator=generator, device=points.device)
+    noise = random_normal(points[..., 3:].shape, generator, points.device)
     return _select(points, _replace_color(points, points[..., 3:] + scale * noise), p, generator)
 
 # %% ../../nbs/geometry/04_corruptions.ipynb #corrup21
@@ -308,7 +306,7 @@ def shade_color(
     generator: torch.Generator | None = None,
 ) -> Tensor:  # as points
     "Bake a directional light from above into the colors (Lambertian shading)."
-    direction = torch.randn((len(points), 1, 3), generator=generator, device=points.device)
+    direction = random_normal((len(points), 1, 3), generator, points.device)
     direction[..., 1] = direction[..., 1].abs() + 0.5
     direction = torch.nn.functional.normalize(direction, dim=-1)
     lit = (estimate_normals(points[..., :3]) * direction).sum(-1, keepdim=True).clamp(min=0)
@@ -343,9 +341,9 @@ def flying_pixels(
 ) -> Tensor:  # as points
     "Move some points away along one random line of sight, as depth cameras do at edges."
     direction = torch.nn.functional.normalize(
-        torch.randn((len(points), 1, 3), generator=generator, device=points.device), dim=-1
+        random_normal((len(points), 1, 3), generator, points.device), dim=-1
     )
-    moved = torch.rand((*points.shape[:2], 1), generator=generator, device=points.device) < _uniform(
+    moved = random_uniform((*points.shape[:2], 1), generator, points.device) < _uniform(
         (len(points), 1, 1), 0, share, generator, points.device
     )
     distance = _uniform((*points.shape[:2], 1), -reach, reach, generator, points.device)
@@ -366,7 +364,7 @@ def add_support_plane(
     flat = spread * _uniform((*points.shape[:2], 2), -1, 1, generator, points.device)
     plane = torch.cat([flat[..., :1], lowest.expand(-1, points.shape[1], 1), flat[..., 1:]], -1)
     color = _uniform((len(points), 1, 3), 0, 1, generator, points.device).expand(-1, points.shape[1], 3)
-    replaced = torch.rand((*points.shape[:2], 1), generator=generator, device=points.device) < _uniform(
+    replaced = random_uniform((*points.shape[:2], 1), generator, points.device) < _uniform(
         (len(points), 1, 1), 0, share, generator, points.device
     )
     changed = torch.where(replaced, torch.cat([plane, color], -1), points)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.atomic import file_hash
-from ..core.errors import DamagedFile, InputError, MissingFile
-from ..models.hub import HubError, with_hub
+from ..core.errors import DamagedFile, HubError, InputError, MissingFile
+from ..models.hub import with_hub
 
 # %% ../../nbs/pretrained/06_download.ipynb #c06
 @dataclass(frozen=True)

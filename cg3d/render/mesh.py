@@ -19,8 +19,8 @@ from ..io.color import surface_colors
 from ..io.mesh import Mesh, double_areas, from_trimesh
 from ..io.read import read_mesh
 from ..io.shape import TURN
-from .cameras import ViewSettings, cameras, ring_views
-from .points import _angles, render_points, shade
+from .cameras import ViewSettings, broadcast_angles, cameras, ring_views
+from .points import render_points, shade
 
 if TYPE_CHECKING:
     from pytorch3d.structures import Meshes
@@ -96,7 +96,7 @@ def render_mesh(
     from pytorch3d.structures import Meshes
 
     size = size or settings.size
-    azimuth, elevation = _angles(azimuth, elevation, 1, "cpu")
+    azimuth, elevation = broadcast_angles(azimuth, elevation, 1, "cpu")
     if isinstance(mesh, Meshes):
         placed, solid = None, _checked_meshes(mesh)
         triangles = mesh.verts_packed()[mesh.faces_packed()]

@@ -149,7 +149,6 @@ def composite(
 # %% ../../nbs/render/01_points.ipynb #c28
 VIEWS_AT_ONCE = {"cpu": 4}  # by device type
 VIEWS_AT_ONCE_ELSEWHERE = 64
-_angles = broadcast_angles  # name that `render.mesh` imports
 
 
 @torch.no_grad()

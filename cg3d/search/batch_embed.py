@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_MB', 'ShapeSource', 'check_size', 'file_source', 'folder_source', 'collection_source', 'open_source', 'Journal',
-           'Interrupted', 'EmbedReport', 'ignore_progress', 'read_batches', 'is_out_of_memory', 'BatchEmbedder',
-           'embed_batches', 'embed_source']
+           'Interrupted', 'EmbedReport', 'ignore_progress', 'read_batches', 'BatchEmbedder', 'embed_batches',
+           'embed_source']
 
 # %% ../../nbs/search/06_batch_embed.ipynb #c03
 import hashlib
@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 
 from ..core.atomic import exclusive_lock, write_file
+from ..core.device import is_out_of_memory
 from ..core.errors import Cg3dError, InputError, MissingFile
 from ..core.untrusted import open_npz, read_json
 from ..data.furniture import furniture
@@ -276,16 +277,6 @@ def read_batches(
         raise interrupt
 
 # %% ../../nbs/search/06_batch_embed.ipynb #c15
-def is_out_of_memory(
-    error: BaseException,
-) -> bool:
-    "Whether an exception means that memory ran out, on a GPU or on the CPU."
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-        return True
-    messages = ("can't allocate memory", "not enough memory")  # of PyTorch's CPU allocator
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in messages)
-
-
 class BatchEmbedder:
     "Embeds shapes in passes; halves the batch size when memory runs out."
 
