@@ -15,6 +15,7 @@ import corpus
 import numpy as np
 import pandas as pd
 import pytest
+import real
 import recipe
 import timm
 import torch
@@ -218,8 +219,9 @@ def test_the_configuration_is_checked():
     assert recipe.RecipeConfig().stage_list == ["evaluate"]
     assert recipe.build(recipe.RecipeConfig(device="cpu"), furniture()) == {}
     wrong = [
-        ({"stages": "texts"}, InputError, "choose from text, image, points, evaluate"),
+        ({"stages": "texts"}, InputError, "choose from text, image, points, real, evaluate"),
         ({"stages": "text"}, InputError, "needs wordnet"),
+        ({"stages": "real"}, InputError, "needs real=PATH"),
         ({"seed": "0"}, KindError, "takes a int"),
         ({"views": 0}, InputError, "must be at least 1"),
         ({"device": "tpu7"}, InputError, "no device of PyTorch"),
@@ -251,3 +253,63 @@ def test_the_recipe_is_outside_of_the_package_and_the_job_says_so(tmp_path, monk
     monkeypatch.setattr(cg3d, "__file__", str(tmp_path / "cg3d" / "__init__.py"))  # as in an installed wheel
     with pytest.raises(MissingFile, match="source checkout only"):
         exec(setup, {})
+
+
+@pytest.fixture
+def tuned():
+    "A model of its own, and a training set of 32 shapes, of which the last eight count as real objects."
+    torch.manual_seed(0)
+    model = load("nano", device="cpu")
+    shapes = furniture().select(split="train")
+    places = np.arange(len(shapes))
+    groups = [shapes.select(np.isin(places, rows)) for rows in (places[:480:20], places[10:90:10])]
+    return model, real.training_set(model, *groups, batch=16, real=4)
+
+
+def test_a_batch_mixes_open_shapes_and_real_objects(tuned):
+    _, rows = tuned
+    assert (len(rows.points), rows.open_count) == (32, 24) and rows.real_weights.sum() == pytest.approx(1)
+    batches = rows.batches(np.random.RandomState(0))
+    first, second = next(batches), next(batches)
+    assert (first[:12] < 24).all() and (first[12:] >= 24).all() and len(first) == 16
+    assert not set(first[:12]) & set(second[:12]), "open shapes do not repeat within a pass"
+    vectors = rows.classes[rows.labels.clamp(min=0)]
+    right = rows.class_loss(vectors, np.arange(32))
+    assert right < rows.class_loss(vectors.roll(1, 0), np.arange(32)) - 1
+
+
+def test_sensor_errors_are_seeded_and_keep_the_contract(tuned):
+    _, rows = tuned
+    clouds = rows.points[:16]
+    normals = F.normalize(clouds[..., :3], dim=-1)
+    first, again, other = (
+        real.sensor_errors(clouds, normals, 500, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+    )
+    assert first.shape == (16, 500, 6) and torch.equal(first, again) and not torch.equal(first, other)
+    assert first[..., 3:].min() >= 0 and first[..., 3:].max() <= 1 and first[..., :3].norm(dim=-1).max() < 2
+
+
+def test_head_and_encoder_are_tuned_and_written(tuned, tmp_path):
+    model, rows = tuned
+    maps = list(real.view_maps(model, rows.points, views=1))
+    with torch.inference_mode():
+        views = [real.embed_views_of_maps(model, m).clone() for m in maps]
+        picture = render_points(rows.points[:1], torch.tensor([30.0]), torch.tensor([20.0]))[:, 0]
+    stem = model.backbone.clip.visual.trunk.patch_embed.backbone.conv_head.weight.clone()
+    text_before = model.encode_text(["a chair"])
+    curve = real.tune_head(model, rows, maps, epochs=6, lr=1e-3)
+    assert curve[-1] < curve[0] - 0.1
+    assert torch.equal(model.backbone.clip.visual.trunk.patch_embed.backbone.conv_head.weight, stem)
+    folder = real.write_towers(model, data_dir() / "nano", tmp_path / "nano")
+    backbone = load_backbone(folder)
+    assert F.cosine_similarity(backbone.encode_text(["a chair"]), text_before).item() > 0.9999
+    expected = F.normalize(model.backbone.encode_image(picture).float(), dim=-1)
+    assert (F.normalize(backbone.encode_image(picture).float(), dim=-1) * expected).sum() > 0.999
+
+    before = [p.clone() for p in model.encoder.parameters()]
+    losses, averages = zip(*real.tune_points(model, rows, views, steps=3))
+    average = averages[-1]
+    assert np.isfinite(losses).all() and not average.training
+    assert any(not torch.equal(a, b) for a, b in zip(before, average.parameters()))
+    with pytest.raises(InputError, match="steps=0"):
+        next(real.tune_points(model, rows, views, steps=0))

@@ -304,12 +304,14 @@ def shade_color(
     p: float = 1.0,
     strength: float = 0.7,  # greatest share of light that a surface turned away loses
     generator: torch.Generator | None = None,
+    normals: Tensor | None = None,  # unit vectors (B, N, 3); None: `estimate_normals`
 ) -> Tensor:  # as points
     "Bake a directional light from above into the colors (Lambertian shading)."
     direction = random_normal((len(points), 1, 3), generator, points.device)
     direction[..., 1] = direction[..., 1].abs() + 0.5
     direction = torch.nn.functional.normalize(direction, dim=-1)
-    lit = (estimate_normals(points[..., :3]) * direction).sum(-1, keepdim=True).clamp(min=0)
+    normals = estimate_normals(points[..., :3]) if normals is None else normals
+    lit = (normals * direction).sum(-1, keepdim=True).clamp(min=0)
     share = _uniform((len(points), 1, 1), 0, strength, generator, points.device)
     return _select(points, _replace_color(points, points[..., 3:] * (1 - share + share * lit)), p, generator)
 

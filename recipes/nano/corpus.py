@@ -132,10 +132,11 @@ def row_texts(
 ) -> dict[str, list[str]]:  # name, caption, query, category; one text per row each
     "The texts whose embeddings are the targets of a picture or cloud of each row."
     table = collection.table
+    queries = table["query"] if "query" in table else [""] * len(table)
     nouns = [category or name for category, name in zip(table["category"], table["name"])]
     return {
         "name": [fill_template("a {}", name) for name in table["name"]],
         "caption": list(table["caption"]),
-        "query": [query or caption for query, caption in zip(table["query"], table["caption"])],
+        "query": [query or caption for query, caption in zip(queries, table["caption"])],
         "category": [fill_template("a {}", noun) for noun in nouns],
     }

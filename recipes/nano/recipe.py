@@ -42,7 +42,7 @@ from towers import (
 from cg3d.core.config import check_settings, split_list
 from cg3d.core.errors import InputError
 from cg3d.geometry.augment import Augment
-from cg3d.io.collection import Collection
+from cg3d.io.collection import Collection, read_collection
 from cg3d.models.cg3d import CG3D, CG3DConfig
 from cg3d.models.clip_backbone import CONFIG_FILE, NANO_CONFIG, Backbone, load_backbone, register_nano_vit
 from cg3d.models.prompts import Prompts
@@ -429,7 +429,7 @@ def torch_device(
         raise InputError(message, field="device", value=name) from error
 
 
-STAGES = ("text", "image", "points", "evaluate")
+STAGES = ("text", "image", "points", "real", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -450,6 +450,9 @@ class RecipeConfig:
     early_epochs: int = 7
     late_epochs: int = 21
     prompt_epochs: int = 2
+    real: str = ""
+    head_epochs: int = 3
+    real_steps: int = 480
     backbone: str = "nano"
     model: str = "nano"
     teacher: bool = False
@@ -463,6 +466,9 @@ class RecipeConfig:
         if "text" in self.stage_list and not self.wordnet:
             message = f"the stage text needs wordnet=FOLDER: {WORDNET_HINT}, then FOLDER/usr/share/wordnet"
             raise InputError(message, field="wordnet")
+        if "real" in self.stage_list and not self.real:
+            message = "the stage real needs real=PATH, a packed collection of real objects"
+            raise InputError(message, field="real")
         torch_device(self.device)
 
     @property
@@ -487,4 +493,14 @@ def build(
         backbone = load_backbone(folder / "nano", device=device)
         epochs = (config.early_epochs, config.late_epochs)
         curves |= build_points(collection, folder, backbone, epochs, config.prompt_epochs, config.seed)
+    if "real" in config.stage_list:
+        from real import build_real
+
+        backbone = load_backbone(folder / "nano", device=device)
+        model = CG3D.from_pretrained(folder / "nano-3d", backbone=backbone)
+        objects, steps = read_collection(config.real), config.real_steps
+        out = folder / "real"
+        curves |= build_real(
+            model, collection, objects, out, folder / "nano", config.head_epochs, steps, config.seed
+        )
     return curves
