@@ -1,8 +1,8 @@
-"""Bytes that find their own way: the parsers that cg3d has written itself, led through their branches by atheris (coverage-guided fuzzing).
+"""Coverage-guided fuzzing (atheris) of the parsers that are part of cg3d.
 
     pip install atheris && python benchmarks/bytes.py --seconds 60 [lzf pickle npy npz ply pcd off stl xyz ...]
 
-Each parser runs in a process of its own, from the same sound files as benchmarks/fuzz.py. What is not an answer or an error of cg3d ends it, and the input is kept."""
+Each parser runs in a separate process and starts from the same valid files as benchmarks/fuzz.py. An input that raises anything but a `Cg3dError` ends the run and is stored."""
 
 import argparse
 import subprocess
@@ -45,7 +45,7 @@ def parsers(folder: Path) -> dict:
 
 
 def fuzz(name: str, seconds: int, folder: Path) -> None:
-    "Run one parser until the time is over, or something is found; does not return"
+    "Run one parser until the time is over or an input fails; does not return"
     import pickle
 
     import atheris
@@ -99,14 +99,14 @@ if __name__ == "__main__":
         parser.add_argument("--seconds", type=int, default=60),
         parser.add_argument("--here", type=Path, help=argparse.SUPPRESS),
     )
-    asked = parser.parse_args()
-    if asked.here:
-        fuzz(asked.names[0], asked.seconds, asked.here)
+    arguments = parser.parse_args()
+    if arguments.here:
+        fuzz(arguments.names[0], arguments.seconds, arguments.here)
     bad = 0
-    for name in asked.names:
+    for name in arguments.names:
         with tempfile.TemporaryDirectory() as folder:
             done = subprocess.run(
-                [sys.executable, __file__, name, "--seconds", str(asked.seconds), "--here", folder],
+                [sys.executable, __file__, name, "--seconds", str(arguments.seconds), "--here", folder],
                 capture_output=True,
                 text=True,
             )

@@ -1,6 +1,6 @@
-"""Kill training with `kill -9` at random moments, go on, and compare the weights with those of an undisturbed run.
+"""Kill training with `kill -9` at random moments, resume it, and compare the weights with those of an uninterrupted run.
 
-    python benchmarks/crash.py                 # 50 kills over all schedules, then 20 over embed, index and collection writing
+    python benchmarks/crash.py                 # 50 killed training runs over all schedules, then 20 killed writers of embeddings, indices and collections
     python benchmarks/crash.py --kills 6 --writes 6
 
 Each attempt is a forked child, so that torch is imported once; a child that is killed leaves only its files."""
@@ -97,9 +97,9 @@ def outcome(folder: Path) -> str:
 
 
 def training(kills: int, place: Path) -> tuple[int, int]:
-    "Bit-identical finishes of runs that were killed, and how often they were killed in all"
+    "Number of killed runs with a bit-identical result, and number of kills"
     os.environ["CG3D_CACHE"] = str(place / "cache")
-    collection, same, struck = read_data("furniture"), 0, 0
+    collection, same, killed_times = read_data("furniture"), 0, 0
     for number, (schedule, options) in enumerate(SCHEDULES.items()):
         config = TrainConfig(
             encoder="pointnet",
@@ -152,16 +152,20 @@ def training(kills: int, place: Path) -> tuple[int, int]:
             found = (outcome(folder), len(left), epochs)
             shutil.rmtree(folder)
             if not deaths:
-                continue  # it came to its end before it was killed: does not count
-            turn, struck, same = turn + 1, struck + deaths, same + (found == (good, 2, config.epochs))
+                continue  # finished before it was killed: not counted
+            turn, killed_times, same = (
+                turn + 1,
+                killed_times + deaths,
+                same + (found == (good, 2, config.epochs)),
+            )
             if found != (good, 2, config.epochs):
                 print(f"{schedule} {turn}: {found}, expected {(good, 2, config.epochs)}")
-        print(f"{schedule}: {seconds:.1f} s undisturbed, {same} bit-identical finishes so far", flush=True)
-    return same, struck
+        print(f"{schedule}: {seconds:.1f} s uninterrupted, {same} bit-identical results so far", flush=True)
+    return same, killed_times
 
 
 def writing(kills: int, place: Path) -> int:
-    "Outputs that hold everything once, equal to those of an undisturbed writer, among `kills` disturbed embeddings, indices and collections"
+    "Number of outputs of `kills` killed writers that hold every row once, as those of an uninterrupted writer"
     model, shapes, sound, turn = cg3d.load("nano"), furniture().select(split="test"), 0, 0
     source = collection_source(shapes, "furniture")
     source.table, source.stamps = source.table.iloc[:48].reset_index(drop=True), source.stamps[:48]
@@ -207,7 +211,7 @@ def writing(kills: int, place: Path) -> int:
         between = write is not index or len(read(path)[1]) in (
             5000,
             20_000,
-        )  # a search beside it meets the old one or the new one
+        )  # a concurrent reader finds the old or the new index
         attempt(lambda: write(path))
         found = read(path)
         left = sorted(
@@ -238,14 +242,14 @@ if __name__ == "__main__":
         parser.add_argument("--writes", type=int, default=20),
         parser.add_argument("--seed", type=int, default=0),
     )
-    asked = parser.parse_args()
-    random.seed(asked.seed), torch.set_num_threads(1)
+    arguments = parser.parse_args()
+    random.seed(arguments.seed), torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        same, struck = training(asked.kills, Path(folder))
+        same, killed_times = training(arguments.kills, Path(folder))
         print(
-            f"training: {same} of {asked.kills} killed runs finish bit-identical, after {struck} kills",
+            f"training: {same} of {arguments.kills} killed runs have a bit-identical result, after {killed_times} kills",
             flush=True,
         )
-        sound = writing(asked.writes, Path(folder))
-        print(f"writing: {sound} of {asked.writes} killed writers leave everything once")
-    sys.exit((same, sound) != (asked.kills, asked.writes))
+        sound = writing(arguments.writes, Path(folder))
+        print(f"writing: {sound} of {arguments.writes} killed writers leave every row once")
+    sys.exit((same, sound) != (arguments.kills, arguments.writes))

@@ -1,9 +1,9 @@
-"""The 3D encoders against their published layout: forward and backward at published sizes, the floor, growth with points and clouds.
+"""The 3D encoders compared with the published implementations: forward and backward at published sizes, the lower bound, scaling with points and clouds.
 
     python benchmarks/encoders.py [--quick] [--out rows.json]
 
-Batch 16, 1,024 points, xyz and rgb, training mode, float32, two threads, freed memory kept as training does (`cg3d.core.malloc`), for both. On a machine with a CUDA device the same command also measures
-bfloat16 with `torch.compile` against float32 there (promised for an H100: 3 times)."""
+Batch 16, 1,024 points, xyz and rgb, training mode, float32, two threads, with freed memory kept by the process as in training (`cg3d.core.malloc`), for both. On a machine with a CUDA device the same command also compares
+bfloat16 with `torch.compile` to float32 (target on an H100: 3 times as fast)."""
 
 import statistics
 import subprocess

@@ -1,9 +1,9 @@
-"""Mutated files of every kind through every reader: each is read, or refused with an error of cg3d.
+"""Pass mutated files of every kind through every reader: each must be read or raise a `Cg3dError`.
 
     python benchmarks/fuzz.py --count 5000 [--seed 0] [--keep FOLDER]
 
-The seeds are small sound files, written here. A mutation flips, cuts, repeats or replaces bytes, writes huge and negative numbers over those that are there,
-or joins two files. Each input is read in a process of its own, which may compute for 5 seconds (wait for 60, as the machine may be busy) and take 1 GiB more than before. What fails is told, and kept with --keep."""
+The seeds are small valid files, written here. A mutation flips, cuts, repeats or replaces bytes, writes huge and negative numbers over those that are there,
+or joins two files. Each input is read in a separate process with limits of 5 seconds of processor time, 60 seconds of wall time and 1 GiB of additional memory. Failing inputs are printed, and stored with --keep."""
 
 import argparse
 import gzip

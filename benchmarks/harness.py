@@ -1,7 +1,7 @@
 """Rows of the benchmark table, and the command line of every script in this folder.
 
-A script ends with `report(measure)`. `python benchmarks/points.py` prints its rows; `--quick` takes small
-sizes and few rounds, which shows that everything runs, not how fast; `--out rows.json` writes the rows.
+A script ends with `report(measure)`. `python benchmarks/points.py` prints its rows; `--quick` uses small
+sizes and few rounds and only checks that everything runs; `--out rows.json` writes the rows.
 `summary.py` starts one process a script, so that memory and thread settings of one do not affect another.
 """
 
@@ -17,7 +17,7 @@ from cg3d.core.timing import Comparison, machine
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the benchmark table. A target stays in the row whether or not it is met."""
+    """One line of the benchmark table, with its target and whether it is met."""
 
     part: str  # which script: points, encoders, training, ...
     what: str  # the work, with its size
@@ -44,7 +44,7 @@ def row(
     unit: str = "ms",  # ms or s
     note: str = "",
 ) -> Row:
-    """Row of a comparison: our time, and how many times as fast as the other implementation that is."""
+    """Row of a comparison: our time, and the time of the other implementation divided by it."""
     factor = {"ms": 1e3, "s": 1}[unit]
     return Row(
         part,

@@ -1,9 +1,9 @@
-"""Point operations: farthest point sampling, neighbors, balls and gathering, against other libraries and against their naive twins.
+"""Point operations: farthest point sampling, neighbors, balls and gathering, compared with other libraries and with simple implementations.
 
     python benchmarks/points.py [--quick] [--out rows.json]
 
-One thread, and on the CPU processor time, which other programs on the machine do not add to. `fpsample` is compared where it is installed (`pip install fpsample`). With a CUDA device at hand the same
-comparisons are measured there too: `python benchmarks/points.py` on that machine."""
+One thread; on the CPU processor time is measured, which other programs do not affect. `fpsample` is compared if it is installed (`pip install fpsample`). If there is a CUDA device, the same
+comparisons are also measured on it."""
 
 import importlib.util
 import subprocess

@@ -1,4 +1,4 @@
-"""Several processes train one model: the same gradients, less time, no square table. `python benchmarks/processes.py [--quick]`
+"""Training on several processes: equal gradients, shorter steps, and only the local rows of the logits per process. `python benchmarks/processes.py [--quick]`
 
 Processes of this machine's CPU, one thread each, over Gloo. Between GPUs the same code runs over NCCL: `accelerate launch -m cg3d.train -f recipe.yaml`.
 """

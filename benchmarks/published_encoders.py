@@ -1,8 +1,8 @@
-"""The two published encoders in the order of operations of their official code, written anew: what `encoders.py` measures ours against.
+"""Re-implementation of the two published encoders in the order of operations of their official code, as the reference of `encoders.py`.
 
 Channels first, `Conv1d` over permuted groups, the whole distance table and `topk`, `repeat` and `cat` before each first layer, explicit softmax.
-On a GPU the official code samples with the CUDA kernel of `pointnet2_ops`; on a CPU it has the loop that stands beside it, and so has this.
-Parameters bear the published names, so that the weights of `cg3d.encoders` load as they are."""
+On a GPU the official code samples with the CUDA kernel of `pointnet2_ops`; on a CPU it uses a loop, as this file does.
+Parameters have the published names, so that the weights of the encoders in `cg3d.models` load without conversion."""
 
 import torch
 import torch.nn.functional as F

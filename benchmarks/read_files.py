@@ -1,10 +1,10 @@
-"""Reading of shape files beside trimesh, on the same files in one run: seconds, and the memory that it adds.
+"""Reading of shape files compared with trimesh, on the same files in one run: seconds and additional memory.
 
     python benchmarks/read_files.py [--quick] [--out rows.json]
 
-One thread and processor time, which other programs on the machine do not add to. Both sides read a file of the disk's
+One thread; processor time, which other programs do not affect. Both sides read a file of the disk's
 cache into arrays of faces in world coordinates; ours decodes textures, too, which trimesh does only when they are used.
-Memory is what a process of its own adds at its peak (Linux)."""
+Memory is the additional peak memory of a separate process (Linux)."""
 
 import subprocess
 import sys
@@ -155,7 +155,7 @@ def cloud_ply(path: Path, points: int) -> Path:
 
 
 def mixed_ply(path: Path, faces: int) -> Path:
-    "A binary mesh of quads and triangles in turn, which trimesh refuses"
+    "A binary mesh of alternating quads and triangles, which trimesh does not read"
     mesh = grid(faces)
     pairs = mesh.faces.reshape(2, -1, 3)
     quads = np.zeros(len(pairs[0]) // 2, [("n", "u1"), ("v", "<i4", 4)])
@@ -195,7 +195,7 @@ def largest_clouds(folder: Path, quick: bool) -> list[Row]:
 
 
 def measure(quick: bool) -> list[Row]:
-    "Readers of shape files beside trimesh."
+    "Readers of shape files compared with trimesh."
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

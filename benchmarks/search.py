@@ -1,12 +1,12 @@
-"""How good, how fast and how large are the structures of an index? 1,000,000 x 512 on two cores, each kind in processes of its own.
+"""Recall, latency, size and build time of the search structures of an index: 1,000,000 x 512 on two cores, each kind in separate processes.
 
     python benchmarks/search.py --quick
     SETS="shapes grouped" KINDS="ivfpq hnsw" ROWS=1000000 python benchmarks/search.py --out rows.json
 
-Two sets of vectors. `shapes`: the 790 furniture shapes, each embedded by the shipped model four times (as it is, and turned, scaled, half hidden); three of the four are mixed with near ones
-of other shapes and moved by differences of views of one shape until there are enough, and turned into 512 dimensions, which changes no cosine. Asked with the fourth embedding of each shape (in no
-mixture) and with its texts, which lie far from every shape. `grouped`: directions around random centers, 200 to a center, asked with others of the same groups.
-The truth is the exact scan. `SETS`, `KINDS` and `ROWS` choose parts; FOLDER (the temporary one if not set) needs 5 GB for a million rows."""
+Two sets of vectors. `shapes`: the 790 furniture shapes, each embedded by the bundled model four times (unchanged, and three times augmented by rotation, scale and one-sided views). New vectors are
+mixtures of three of the four with near ones of other shapes, displaced by differences between embeddings of one shape, and rotated into 512 dimensions, which changes no cosine. Queries are the fourth
+embedding of each shape, which is in no mixture, and its texts, which are far from all shapes. `grouped`: directions around random centers, 200 per center; queries are further directions of the same
+groups. The exact scan gives the ground truth. `SETS`, `KINDS` and `ROWS` choose parts; FOLDER (the temporary one if not set) needs 5 GB for a million rows."""
 
 import multiprocessing
 import os
@@ -32,7 +32,7 @@ from cg3d.search.index import ShapeIndex, search_shards
 DIM, PIECE = 512, 50_000  # length of a vector; rows made together
 
 
-def seen(limit: int) -> tuple[np.ndarray, np.ndarray]:
+def shape_embeddings(limit: int) -> tuple[np.ndarray, np.ndarray]:
     "Embeddings of `limit` shapes, (N, 4, D), and of their texts, (T, D)"
     model, shapes, generator = cg3d.load("nano"), furniture(), torch.Generator().manual_seed(0)
     points, change = (
@@ -57,7 +57,7 @@ def seen(limit: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mixed(views: np.ndarray, texts: np.ndarray):
-    "How a piece of `shapes` is drawn, its queries, and the embeddings it is made of"
+    "A function that draws vectors of `shapes`, the queries, and the embeddings that are mixed"
     rng, (count, turns, length) = np.random.default_rng(0), views.shape
     known, owner = views[:, :-1].reshape(-1, length), np.repeat(np.arange(count), turns - 1)
     near = np.argsort(np.where(owner[:, None] == owner, 2, -known @ known.T), 1)[:, :16]
@@ -80,7 +80,7 @@ def mixed(views: np.ndarray, texts: np.ndarray):
 
 
 def grouped(count: int):
-    "How a piece of `grouped` is drawn, and its queries"
+    "A function that draws vectors of `grouped`, and the queries"
     rng, groups = np.random.default_rng(0), count // 200
     centers = rng.standard_normal((groups, DIM), dtype=np.float32)
 
@@ -99,20 +99,22 @@ def dimensions(vectors: np.ndarray) -> float:
     return float(spread.sum() ** 2 / (spread**2).sum())
 
 
-def write(folder: Path, rows: int, draw, queries: dict, asked: int) -> float:  # effective dimension
-    "vectors.npy, and each kind of query with its ten nearest rows"
+def write(folder: Path, rows: int, draw, queries: dict, query_count: int) -> float:  # effective dimension
+    "Write vectors.npy, and each kind of query with its ten nearest rows"
     vectors = np.lib.format.open_memmap(folder / "vectors.npy", "w+", np.float32, (rows, DIM))
     for first in range(0, rows, PIECE):
         vectors[first : first + PIECE] = draw(min(PIECE, rows - first))
-    for name, asks in queries.items():
-        asks = unit_rows(asks[np.random.default_rng(1).permutation(len(asks))[:asked]])
+    for name, query_vectors in queries.items():
+        query_vectors = unit_rows(
+            query_vectors[np.random.default_rng(1).permutation(len(query_vectors))[:query_count]]
+        )
         np.savez(
             folder / f"{name}.npz",
-            asks=asks,
+            query_vectors=query_vectors,
             truth=[
                 row
-                for first in range(0, len(asks), 250)
-                for _, row in exact_search(vectors, asks[first : first + 250], 10)
+                for first in range(0, len(query_vectors), 250)
+                for _, row in exact_search(vectors, query_vectors[first : first + 250], 10)
             ],
         )
     return dimensions(vectors[:PIECE])
@@ -148,7 +150,7 @@ def build(folder: Path, kind: str) -> dict:
 
 
 def resident() -> float:
-    "MiB of this process that no file stands behind; not known outside Linux"
+    "MiB of anonymous memory (not mapped from files) of this process; NaN outside Linux"
     try:
         return (
             next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
@@ -158,24 +160,24 @@ def resident() -> float:
         return float("nan")
 
 
-def ask(folder: Path, kind: str, asked: int, shards: int) -> dict:
-    "Open an index in this fresh process and ask it, one query at a time on one thread, then all at once on two"
+def run_queries(folder: Path, kind: str, query_count: int, shards: int) -> dict:
+    "Open an index in this new process and search it: one query at a time on one thread, then all in one call on two"
     files = {path.stem: np.load(path) for path in sorted(folder.glob("*.npz"))}
-    queries = {name: (file["asks"], file["truth"]) for name, file in files.items()}
+    queries = {name: (file["query_vectors"], file["truth"]) for name, file in files.items()}
     before, start = resident(), time.perf_counter()
     index = ShapeIndex.load(folder / kind)
     facts, start = {"open": time.perf_counter() - start}, time.perf_counter()
     index.search(queries["shape"][0][0])
     facts |= {"first": time.perf_counter() - start, "resident": resident() - before}
     with threadpool_limits(1):
-        for name, (asks, truth) in queries.items():
-            asks = asks[:asked]
+        for name, (query_vectors, truth) in queries.items():
+            query_vectors = query_vectors[:query_count]
             for turn in (
                 "cold",
                 "warm",
-            ):  # rows that the first turn reads from the disk are in the page cache at the second
+            ):  # rows that the first round reads from the disk are in the page cache in the second
                 wall, cpu, found = [], [], []
-                for query in asks:
+                for query in query_vectors:
                     start, work = time.perf_counter(), time.thread_time()
                     found.append(index.search(query)["row"].to_numpy())
                     wall.append(time.perf_counter() - start), cpu.append(time.thread_time() - work)
@@ -187,28 +189,28 @@ def ask(folder: Path, kind: str, asked: int, shards: int) -> dict:
                 "p99": np.quantile(wall, 0.99),
                 "cpu": np.median(cpu),
                 "cold": cold,
-                "asked": len(asks),
+                "query_count": len(query_vectors),
             }
-        asks, bare = queries["shape"][0][:asked], []
-        for query in asks[:50]:
+        query_vectors, bare = queries["shape"][0][:query_count], []
+        for query in query_vectors[:50]:
             work = time.thread_time()
             exact_search(index.vectors, query[None], 10) if kind == "exact" else approximate_search(
                 index.faiss_index(), index.vectors, query[None], 10
             )
             bare.append(time.thread_time() - work)
         start = time.perf_counter()
-        index.search(asks[0], where="height < 1")
+        index.search(query_vectors[0], where="height < 1")
         facts |= {"bare": np.median(bare), "filter": time.perf_counter() - start}
     with threadpool_limits(2):
         start = time.perf_counter()
-        index.search(asks)
-        facts["batch"] = len(asks) / (time.perf_counter() - start)
+        index.search(query_vectors)
+        facts["batch"] = len(query_vectors) / (time.perf_counter() - start)
     if shards:
         before, parts = resident(), [ShapeIndex.load(folder / kind) for _ in range(shards)]
-        search_shards(parts, asks[0])
+        search_shards(parts, query_vectors[0])
         memory, took = resident() - before, []
         with threadpool_limits(1):
-            for query in asks[:200]:
+            for query in query_vectors[:200]:
                 start = time.perf_counter()
                 search_shards(parts, query)
                 took.append(time.perf_counter() - start)
@@ -217,15 +219,15 @@ def ask(folder: Path, kind: str, asked: int, shards: int) -> dict:
 
 
 def alone(work, *given):
-    "Run a function in a new process, so that memory is its own"
+    "Run a function in a new process, so that its memory is measured alone"
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *given).result()
 
 
 def rows_of(name: str, kind: str, rows: int, made: dict, got: dict) -> list[Row]:
-    "What is told of one kind"
+    "The rows of the table for one kind"
 
-    def told(what, value, unit, target="", met=None, note=""):
+    def row(what, value, unit, target="", met=None, note=""):
         return Row(
             "search",
             f"{what}, {kind}, {rows:,} x {DIM} {name}",
@@ -236,80 +238,80 @@ def rows_of(name: str, kind: str, rows: int, made: dict, got: dict) -> list[Row]
             note=note,
         )
 
-    at = f"wall time, {os.getloadavg()[0]:.0f} jobs on {os.cpu_count()} cores, this one among them"
-    promised = rows >= 1_000_000 and kind in ("hnsw", "ivfpq")  # targets are for a million rows
+    at = f"wall time, load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores, this process included"
+    has_target = rows >= 1_000_000 and kind in ("hnsw", "ivfpq")  # targets are for a million rows
 
     def aim(text: str, met: bool) -> dict:
-        return {"target": text, "met": met} if promised else {}
+        return {"target": text, "met": met} if has_target else {}
 
     small = aim("<= 80", made["bytes"] <= 80) if kind == "ivfpq" else {}
     out = [
-        told(
+        row(
             "build",
             made["build"],
             "s",
             note=f"{made['build cpu']:.0f} s of processor; peak {made['peak']:,.0f} MiB, mapped vectors included; {at}",
         ),
-        told(
+        row(
             "bytes a vector of the structure",
             made["bytes"],
             "bytes",
             **small,
-            note=f"the vectors ({4 * DIM:,} bytes each) stay in their file, memory-mapped, and are read for re-ranking; memory of the process grew by {got['resident']:,.0f} MiB at the first query, table of words included",
+            note=f"the vectors ({4 * DIM:,} bytes each) stay in their file, memory-mapped, and are read for re-ranking; memory of the process grew by {got['resident']:,.0f} MiB at the first query, including the table of texts",
         ),
     ]
-    for asks in ("shape", "text"):
-        if asks not in got:
+    for query_kind in ("shape", "text"):
+        if query_kind not in got:
             continue
-        it = got[asks]
+        it = got[query_kind]
         out += [
-            told(
-                f"recall@10 of {asks} queries",
+            row(
+                f"recall@10 of {query_kind} queries",
                 it["recall"],
                 "",
                 **aim(">= 0.95", it["recall"] >= 0.95),
-                note=f"{it['asked']:,} queries",
+                note=f"{it['query_count']:,} queries",
             ),
-            told(
-                f"one {asks} query, p50",
+            row(
+                f"one {query_kind} query, p50",
                 1e3 * it["p50"],
                 "ms",
                 **aim("<= 3 ms", it["p50"] <= 0.003),
-                note=f"p99 {1e3 * it['p99']:.2f} ms; processor time {1e3 * it['cpu']:.2f} ms; p50 of the turn before, in which rows came from the disk, {1e3 * it['cold']:.2f} ms; one thread, ShapeIndex.search with its table of answers, {it['asked']:,} queries; {at}",
+                note=f"p99 {1e3 * it['p99']:.2f} ms; processor time {1e3 * it['cpu']:.2f} ms; p50 of the first round, with rows read from the disk, {1e3 * it['cold']:.2f} ms; one thread, ShapeIndex.search with its table of results, {it['query_count']:,} queries; {at}",
             ),
         ]
     out += [
-        told("the same without the table of answers, processor time", 1e3 * got["bare"], "ms"),
-        told("all queries at once", got["batch"], "queries/s", note="two threads"),
-        told(
+        row("the same without the table of results, processor time", 1e3 * got["bare"], "ms"),
+        row("all queries in one call", got["batch"], "queries/s", note="two threads"),
+        row(
             "open",
             1e3 * got["open"],
             "ms",
             note=f"first query {got['first']:.2f} s: it reads the structure, checks its hash, and reads the table",
         ),
-        told(
+        row(
             "one query with a filter that half of the rows match",
             1e3 * got["filter"],
             "ms",
-            note="exact, whatever the kind",
+            note="always exact",
         ),
     ]
     if "shards" in got:
         it = got["shards"]
         out.append(
-            told(
+            row(
                 f"{SHARDS} shards, one query, p50",
                 1e3 * it["p50"],
                 "ms",
                 note=f"p99 {1e3 * it['p99']:.1f} ms, resident {it['resident']:,.0f} MiB. Simulated: the same index opened {SHARDS} times, each with a structure and a table of its own in memory, "
-                "asked one after the other on one thread and merged; the file of vectors is shared, so the disk is read less than by that many files",
+                "searched one after the other on one thread and merged; the file of vectors is shared, so less is read from the disk than with as many files",
             )
         )
     return out
 
 
 def curve(name: str, kind: str, rows: int, made: dict, got: dict) -> list[Row]:
-    "One size of a kind, as a point of its curves"
+    "One size of a kind, as a point of the scaling curves"
     return [
         Row("search", f"{what}, {kind}, {name}", float(value), unit, along="rows", at=rows)
         for what, value, unit in (
@@ -318,7 +320,7 @@ def curve(name: str, kind: str, rows: int, made: dict, got: dict) -> list[Row]:
             ("one query, p50", 1e3 * got["shape"]["p50"], "ms"),
         )
         if what != "build" or kind != "exact"
-    ]  # which has nothing to build
+    ]  # an exact index has nothing to build
 
 
 def cut(folder: Path, rows: int) -> Path:
@@ -327,8 +329,12 @@ def cut(folder: Path, rows: int) -> Path:
     place.mkdir()
     vectors = np.load(folder / "vectors.npy", mmap_mode="r")[:rows]
     np.save(place / "vectors.npy", vectors)
-    asks = np.load(folder / "shape.npz")["asks"][:200]
-    np.savez(place / "shape.npz", asks=asks, truth=[found for _, found in exact_search(vectors, asks, 10)])
+    query_vectors = np.load(folder / "shape.npz")["query_vectors"][:200]
+    np.savez(
+        place / "shape.npz",
+        query_vectors=query_vectors,
+        truth=[found for _, found in exact_search(vectors, query_vectors, 10)],
+    )
     return place
 
 
@@ -337,32 +343,30 @@ SHARDS = 10
 
 def measure(quick: bool) -> list[Row]:
     "Recall, latency, size and build time of each kind of index"
-    rows, asked = int(os.environ.get("ROWS", 20_000 if quick else 1_000_000)), 100 if quick else 1000
+    rows, query_count = int(os.environ.get("ROWS", 20_000 if quick else 1_000_000)), 100 if quick else 1000
     sets, kinds, out = (
         os.environ.get("SETS", "shapes").split(),
         os.environ.get("KINDS", "exact flat hnsw ivfpq").split(),
         [],
     )
     torch.set_num_threads(2)
-    os.environ["OMP_WAIT_POLICY"] = (
-        "passive"  # of the processes to come: no spinning while other jobs want the core
-    )
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # of the child processes: idle threads do not spin
     for name in sets:
         with tempfile.TemporaryDirectory(dir=os.environ.get("FOLDER")) as place:
             folder, real = Path(place), float("nan")
             if name == "shapes":
-                draw, queries, known = mixed(*seen(64 if quick else 790))
+                draw, queries, known = mixed(*shape_embeddings(64 if quick else 790))
                 real = dimensions(known)
             else:
                 draw, queries = grouped(rows)
-            made = write(folder, rows, draw, queries, asked)
+            made = write(folder, rows, draw, queries, query_count)
             out.append(
                 Row(
                     "search",
                     f"effective dimension, {rows:,} x {DIM} {name}",
                     made,
                     "",
-                    note=f"of the embeddings it is made of: {real:.1f}" if name == "shapes" else "",
+                    note=f"of the mixed embeddings: {real:.1f}" if name == "shapes" else "",
                 )
             )
             smaller = (
@@ -372,14 +376,14 @@ def measure(quick: bool) -> list[Row]:
             )
             for kind in kinds:
                 facts = alone(build, folder, kind)
-                told = alone(
-                    ask,
+                results = alone(
+                    run_queries,
                     folder,
                     kind,
-                    asked if kind in ("hnsw", "ivfpq") else min(asked, 50),
+                    query_count if kind in ("hnsw", "ivfpq") else min(query_count, 50),
                     SHARDS if kind == "ivfpq" else 0,
                 )
-                out += rows_of(name, kind, rows, facts, told)
+                out += rows_of(name, kind, rows, facts, results)
                 print(
                     *(f"{row.what}: {row.value:.4g} {row.unit}" for row in out[-12:]),
                     sep="\n",
@@ -395,10 +399,10 @@ def measure(quick: bool) -> list[Row]:
                             kind,
                             int(place.name),
                             alone(build, place, kind),
-                            alone(ask, place, kind, 200, 0),
+                            alone(run_queries, place, kind, 200, 0),
                         )
                     ]
-                    out += curve(name, kind, rows, facts, told)
+                    out += curve(name, kind, rows, facts, results)
     return out
 
 

@@ -1,9 +1,9 @@
-"""Shards against the packed collection and single files: write and read rates, waiting in training, and embedding over Ray.
+"""Shards compared with the packed collection and single files: write and read rates, waiting in training, and embedding over Ray.
 
     python benchmarks/shards.py            # about 5 minutes on 2 cores
-    python benchmarks/shards.py --quick    # does everything run? without Ray
+    python benchmarks/shards.py --quick    # checks that everything runs, without Ray
 
-One thread a process. Files are read from the page cache, so the rates are those of decoding; a disk or network adds its own."""
+One thread per process. Files are read from the page cache, so the rates are those of decoding; a disk or network adds its own."""
 
 import itertools
 import os

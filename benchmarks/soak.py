@@ -1,4 +1,4 @@
-"""Ten thousand answers from one process: memory and open files stay where they are; and threads that search while another adds.
+"""Long runs in one process: memory and open files after 10,000 calls, and searches in threads while another thread adds rows.
 
 python benchmarks/soak.py [--calls 10000] [--seconds 30]"""
 
@@ -40,14 +40,14 @@ def soak(name: str, call, calls: int) -> bool:
 
 
 def threads(seconds: float, readers: int = 8) -> bool:
-    "Whether every search that runs beside `add` finds the row it asks for"
+    "Whether every search returns the correct row while another thread adds rows"
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((20_000, 64), dtype=np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     index = ShapeIndex.from_embeddings(
         vectors, pd.DataFrame({"id": np.arange(20_000).astype(str), "name": "x"}), "f"
     )
-    end, asked, wrong, added = time.monotonic() + seconds, [0] * readers, [], [0]
+    end, searches, wrong, added = time.monotonic() + seconds, [0] * readers, [], [0]
 
     def search(number):
         own = np.random.default_rng(number)
@@ -58,7 +58,7 @@ def threads(seconds: float, readers: int = 8) -> bool:
             except Exception as error:
                 wrong.append(f"{type(error).__name__}: {error}")
                 return
-            asked[number] += 1
+            searches[number] += 1
             if found["id"].iloc[0] != str(row) or not found["score"].is_monotonic_decreasing:
                 wrong.append(f"row {row}: {found['id'].tolist()}")
 
@@ -81,7 +81,7 @@ def threads(seconds: float, readers: int = 8) -> bool:
     for worker in workers:
         worker.join()
     print(
-        f"threads: {sum(asked):,} searches by {readers} threads beside {added[0]:,} added rows, {len(wrong)} wrong answers {wrong[:3]}"
+        f"threads: {sum(searches):,} searches by {readers} threads while {added[0]:,} rows were added, {len(wrong)} wrong results {wrong[:3]}"
     )
     return not wrong and len(index) == 20_000 + added[0]
 
@@ -92,16 +92,16 @@ if __name__ == "__main__":
         parser.add_argument("--calls", type=int, default=10_000),
         parser.add_argument("--seconds", type=float, default=30),
     )
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     model, shapes = cg3d.load("nano"), cg3d.data.furniture.furniture().select(split="test")
     index = ShapeIndex.from_items(model, shapes)
-    queries = np.random.default_rng(0).standard_normal((asked.calls, index.dim), dtype=np.float32)
-    good = soak("search", lambda turn: index.search(queries[turn : turn + 1], 10), asked.calls)
-    good &= threads(asked.seconds)
+    queries = np.random.default_rng(0).standard_normal((arguments.calls, index.dim), dtype=np.float32)
+    good = soak("search", lambda turn: index.search(queries[turn : turn + 1], 10), arguments.calls)
+    good &= threads(arguments.seconds)
     good &= soak(
         "classify",
         lambda turn: model.classify(shapes[turn % len(shapes)], ["chair", "table", "bed", "lamp"]),
-        asked.calls,
+        arguments.calls,
     )
     sys.exit(not good)

@@ -1,9 +1,9 @@
-"""From the start of a process to the first answer: seconds, processor seconds and memory, each time in a fresh process.
+"""From the start of a process to the first prediction: seconds, processor seconds and memory, each in a new process.
 
 python benchmarks/startup.py [--quick] [--out rows.json]
 
-The processes keep compiled modules in a folder of their own, filled by a first run that does not count, as an installation by pip has them.
-Where PYTHONDONTWRITEBYTECODE is set, Python compiles every module at every start; the row that says so measures that.
+Compiled modules are kept in a temporary folder, filled by a first run that is not counted, as in an installation by pip.
+If PYTHONDONTWRITEBYTECODE is set, Python compiles every module at every start; one row measures this case.
 """
 
 import os
@@ -66,7 +66,7 @@ def line(
 
 
 def measure(quick: bool) -> list[Row]:
-    """How long a user waits for the shipped model."""
+    """Time from the start of a process to a prediction of the bundled model."""
     with tempfile.TemporaryDirectory() as cache:
         for words in WORK.values():
             fresh(words, PYTHONPYCACHEPREFIX=cache)

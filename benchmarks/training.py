@@ -1,4 +1,4 @@
-"""What a training step costs: frozen towers remembered or asked again, prompts, waiting for data, and memory against the batch.
+"""Cost of a training step: frozen towers with and without cached embeddings, prompts, waiting for data, and memory against the batch size.
 
 python benchmarks/training.py [--quick] [--out rows.json]
 
@@ -43,8 +43,8 @@ FROZEN = dict(
 )
 
 
-class Anew:
-    """Towers that remember nothing: every row's view and sentence is encoded at every step, as the published code does."""
+class UncachedTowers:
+    """Towers without a cache: the views and texts of a batch are encoded in every step, as in the published code."""
 
     def __init__(self, model, views):
         self.backbone, self.views = model.backbone, views
@@ -72,7 +72,7 @@ def learner_of(config: TrainConfig, folder: str, model=None) -> Learner:
 
 
 def frozen(quick: bool, folder: str) -> list[Row]:
-    """A step with cached features: against one that asks ViT-B/32 again, and against the 3D encoder alone."""
+    """A step with cached features, compared with one that runs ViT-B/32, and with the 3D encoder alone."""
     rows, size, rounds = [], 8 if quick else 32, 1 if quick else 3
     shared = dict(
         clip="ViT-B-32",
@@ -87,7 +87,7 @@ def frozen(quick: bool, folder: str) -> list[Row]:
     for encoder in ("point_transformer_small", *(() if quick else ("pointnet", "point_transformer"))):
         model.encoder = create_encoder(encoder, dim=model.backbone.dim, in_channels=6)
         learner = learner_of(TrainConfig(encoder=encoder, **shared), folder, model)
-        kept, anew, batch = learner.towers, Anew(model, learner.pictures), learner.batch()
+        cached, uncached, batch = learner.towers, UncachedTowers(model, learner.pictures), learner.batch()
 
         def look(towers) -> None:
             again = learner.read(0)
@@ -102,15 +102,15 @@ def frozen(quick: bool, folder: str) -> list[Row]:
                 row(
                     PART,
                     f"a batch read with the towers' features, a shape, batch {size}, cached",
-                    compare(lambda: look(kept), lambda: look(anew), rounds),
-                    "read and encoded anew (ViT-B/32 with random weights)",
+                    compare(lambda: look(cached), lambda: look(uncached), rounds),
+                    "read and encoded in the step (ViT-B/32 with random weights)",
                     at_least=10,
                     per=size,
                     note=f"points, views and texts, no 3D encoder; {threads()}",
                 )
             )
-        times = compare(lambda: step(kept), lambda: step(anew), rounds)
-        alone = compare(lambda: step(kept), lambda: model.encoder(batch["points"]).sum().backward(), rounds)
+        times = compare(lambda: step(cached), lambda: step(uncached), rounds)
+        alone = compare(lambda: step(cached), lambda: model.encoder(batch["points"]).sum().backward(), rounds)
         towers = (statistics.median(times.other) - statistics.median(times.ours)) / size
         rest = 100 * (1 - statistics.median(alone.ratios))
         rows.append(
@@ -118,7 +118,7 @@ def frozen(quick: bool, folder: str) -> list[Row]:
                 PART,
                 f"frozen step a shape, {encoder}, batch {size}, cached features",
                 times,
-                "the towers asked anew (ViT-B/32 with random weights)",
+                "towers run in the step (ViT-B/32 with random weights)",
                 at_least=10,
                 per=size,
                 note=f"the towers cost {towers * 1e3:.0f} ms a shape and the cache saves them; the ratio depends on the 3D encoder; {threads()}",
@@ -151,7 +151,7 @@ def steps(encoder: str, size: int, count: int, keep: bool) -> dict[str, float]:
 
 
 def allocator(quick: bool) -> list[Row]:
-    """Freed memory kept for the next step, as training does, or given back to the system at once; processes in turn."""
+    """Freed memory kept for the next step, as in training, or returned to the system; processes run alternately."""
     rows = []
     for encoder, size in (
         (("pointnet", 8),)
@@ -178,7 +178,7 @@ def allocator(quick: bool) -> list[Row]:
 
 
 def prompted(quick: bool, folder: str) -> list[Row]:
-    """A step with deep visual prompts, the part of the tower before them remembered or computed again."""
+    """A step with deep visual prompts, with the outputs of the stem cached or computed in the step."""
     size, rows = 8 if quick else 32, []
     for clip, weights, view in (("nano", "", 128), *(() if quick else (("ViT-B-32", "random", 224),))):
         learner = learner_of(
@@ -195,21 +195,21 @@ def prompted(quick: bool, folder: str) -> list[Row]:
             ),
             folder,
         )
-        kept, forgets = learner.towers, TowerCache(learner.model, limit=0, batch_size=size)
+        cached, uncached = learner.towers, TowerCache(learner.model, limit=0, batch_size=size)
 
         def step(towers: TowerCache) -> None:
             learner.towers = towers
             learner.one_step()
 
-        times = compare(lambda: step(kept), lambda: step(forgets), 1 if quick else 5)
+        times = compare(lambda: step(cached), lambda: step(uncached), 1 if quick else 5)
         rows.append(
             row(
                 PART,
-                f"joint step a shape, deep prompts in {clip}, batch {size}, stem and texts remembered",
+                f"joint step per shape, deep prompts in {clip}, batch {size}, stem and texts cached",
                 times,
                 "stem and unique texts computed at every step",
                 per=size,
-                note=f"a part with a gradient cannot be remembered; {threads()}",
+                note=f"a part with a gradient cannot be cached; {threads()}",
             )
         )
         learner.reader.shutdown(cancel_futures=True)
@@ -254,7 +254,7 @@ def waiting(quick: bool, folder: str) -> list[Row]:
 
 
 class Made:
-    """As many shapes as asked for, with random points and features."""
+    """Any number of shapes with random points and features."""
 
     def __init__(self, count: int, points: int, dim: int):
         self.count, self.points, self.dim = count, points, dim
@@ -299,7 +299,7 @@ def one_batch(size: int, part: int, checkpointing: bool, points: int) -> dict[st
 
 
 def apart(function: str, *values, **variables: str) -> dict[str, float]:
-    """What a function of this file answers in a process of its own."""
+    """Result of a function of this file in a separate process."""
     code = f"import sys, json; sys.path.insert(0, {str(Path(__file__).parent)!r}); import torch; torch.set_num_threads({torch.get_num_threads()}); import training; print(json.dumps(training.{function}(*{values!r})))"
     return json.loads(
         subprocess.run(
@@ -313,7 +313,7 @@ def apart(function: str, *values, **variables: str) -> dict[str, float]:
 
 
 def memory(quick: bool) -> list[Row]:
-    """Peak memory against the batch: plain, recomputed blocks, and in parts.
+    """Peak memory against the batch size: plain, with activation checkpointing, and with gradient caching.
 
     glibc keeps freed blocks and so shows up to half more than is in use, a constant in the batch; here large ones go back to the system at once.
     """

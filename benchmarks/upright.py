@@ -1,4 +1,4 @@
-"""How often `cg3d.io.upright.estimate_up` is right: shapes that are y up, and the same shapes turned to z up."""
+"""Accuracy of `cg3d.io.upright.estimate_up` on shapes that are y up, and on the same shapes rotated to z up."""
 
 import argparse
 
@@ -36,6 +36,6 @@ if __name__ == "__main__":
     parser.add_argument("collections", nargs="+", help="packed collections that are y up")
     parser.add_argument("--split", default=None)
     parser.add_argument("--limit", type=int, default=10**9)
-    asked = parser.parse_args()
-    for collection in asked.collections:
-        print(measure(collection, asked.split, asked.limit))
+    arguments = parser.parse_args()
+    for collection in arguments.collections:
+        print(measure(collection, arguments.split, arguments.limit))
