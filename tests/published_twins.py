@@ -1,4 +1,4 @@
-"""Naive twins of the published encoders, and the clouds on which they are compared.
+"""Naive twins of the published encoders.
 
 Short functions that read the tensors of a file by their published names and share no code with the package. They compute
 in float32 as the originals do. Centers are chosen as the originals choose them: `pointnet2_centers` follows the kernel of
@@ -6,10 +6,13 @@ in float32 as the originals do. Centers are chosen as the originals choose them:
 """
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from cg3d.core.state_dict import read_checkpoint
 
 
 def lin(P, name, x):
@@ -249,46 +252,18 @@ TWINS = {
     "openshape/vitb32": lambda P, x: twin_ppat(P, x, 64, 0.4, 256, "pc_encoder.", None),
     "openshape/vitl14": lambda P, x: twin_ppat(P, x, 64, 0.4, 256, "pc_encoder.ppat.", "pc_encoder.proj"),
     "openshape/scaling3": lambda P, x: twin_ppat(P, x, 128, 0.35, 128, "ppat.", "proj"),
-    "openshape/bigG": lambda P, x: twin_ppat(P, x[:, [0, 2, 1, 3, 4, 5]], 384, 0.2, 64, "ppat.", "proj"),
+    "openshape/bigG": lambda P, x: twin_ppat(P, x, 384, 0.2, 64, "ppat.", "proj"),
     "uni3d/ti": lambda P, x: twin_uni3d(P, x, 12, 3),
     "uni3d/s": lambda P, x: twin_uni3d(P, x, 12, 6),
     "uni3d/b": lambda P, x: twin_uni3d(P, x, 12, 12),
 }
 
 
-def _colored(xyz: Tensor, g: torch.Generator) -> Tensor:
-    return torch.cat([xyz, torch.rand(len(xyz), 3, generator=g)], 1)
-
-
-def _unit(xyz: Tensor) -> Tensor:
-    xyz = xyz - xyz.mean(0)
-    return xyz / xyz.norm(dim=1).max()
-
-
-def generic_cloud(n: int, seed: int = 0) -> Tensor:  # (n, 6)
-    "An ellipsoid's surface under the points contract: no two distances are equal."
-    g = torch.Generator().manual_seed(seed)
-    xyz = torch.randn(n, 3, generator=g)
-    return _colored(_unit(xyz / xyz.norm(dim=1, keepdim=True) * torch.tensor([1.0, 0.7, 0.4])), g)
-
-
-def grid_cloud(n: int, seed: int = 0) -> Tensor:  # (n, 6)
-    "Different points of a grid of 1/32 in a thick shell: many distances are equal, and all are exact in float32."
-    g = torch.Generator().manual_seed(seed)
-    line = torch.arange(-32, 33) / 32
-    xyz = torch.cartesian_prod(line, line, line)
-    radius = xyz.norm(dim=1)
-    xyz = xyz[(radius > 0.75) & (radius <= 1)]
-    return _colored(xyz[torch.randperm(len(xyz), generator=g)[:n]], g)
-
-
-def near_origin_cloud(n: int, seed: int = 0) -> Tensor:  # (n, 6)
-    "A surface, its last tenth of points where |p|^2 is at most 0.001: far from all others, so a plain rule takes them."
-    g = torch.Generator().manual_seed(seed)
-    cloud = generic_cloud(n, seed)
-    few = torch.randn(n // 10, 3, generator=g)
-    cloud[-(n // 10) :, :3] = few / few.norm(dim=1, keepdim=True) * 0.03 * torch.rand(n // 10, 1, generator=g)
-    return cloud
-
-
-CLOUDS = {"generic": generic_cloud, "grid": grid_cloud, "near origin": near_origin_cloud}
+def bare_tensors(
+    path: str | Path,  # a weight file
+) -> dict[str, Tensor]:  # float32, under the names that the twins read
+    "The tensors of a file without the names of their containers."
+    return {
+        name.removeprefix("base_model.").removeprefix("state_dict.").removeprefix("module."): tensor.float()
+        for name, tensor in read_checkpoint(path).tensors.items()
+    }

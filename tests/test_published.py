@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from published_layouts import payload, published_layouts, random_tensors, with_adam, write_layout
-from published_twins import CLOUDS, TWINS, pointnet2_centers
+from published_twins import TWINS, bare_tensors, pointnet2_centers
 
 from cg3d.core.state_dict import read_checkpoint
 from cg3d.geometry.ops import farthest_point_sample, normalize
 from cg3d.io.shape import Shape
 from cg3d.pretrained.grouping import Grouping
 from cg3d.pretrained.loading import PublishedModel, load_published
+from cg3d.pretrained.parity import parity, parity_clouds, read_outputs, write_clouds
 from cg3d.pretrained.specs import CONTRACTS, contracts
 
 FAMILY = {"cg3d": "cg3d", "ulip": "ulip", "ulip2": "ulip2", "openshape": "openshape", "uni3d": "uni3d"}
@@ -393,24 +394,17 @@ def test_ties_without_candidates_and_with_another_word():
         farthest_point_sample(tiny, 4, ties="dgl")
 
 
-def bare_tensors(path):
-    return {
-        name.removeprefix("base_model.").removeprefix("state_dict.").removeprefix("module."): tensor.float()
-        for name, tensor in read_checkpoint(path).tensors.items()
-    }
-
-
-@pytest.mark.parametrize("kind", CLOUDS)
+@pytest.mark.parametrize("kind", ["generic", "grid", "near origin"])
 def test_encoders_agree_with_their_twins(files, models, kind):
     for name in ("cg3d/point_transformer", "ulip/pointmlp", "openshape/vitb32", "uni3d/ti"):
-        cloud = CLOUDS[kind](models[name].contract.points)
+        cloud = parity_clouds(models[name].contract.points)[kind]
         with torch.no_grad():
             difference = models[name].encoder(cloud[None])[0] - TWINS[name](bare_tensors(files[name]), cloud)
         assert difference.abs().max() < 5e-5, name
 
 
 def test_the_plain_order_of_ties_is_another_model(files, models):
-    cloud = CLOUDS["grid"](10_000)[None]
+    cloud = parity_clouds(10_000)["grid"][None]
     plain = load_published(files["uni3d/ti"], ties="first")
     with torch.no_grad():
         assert (plain.encoder(cloud) - models["uni3d/ti"].encoder(cloud)).abs().max() > 0.01
@@ -475,7 +469,7 @@ def test_settings_without_meaning_are_refused_and_others_act(files, models):
     for setting in ({"sampling": "nearest"}, {"ties": "last"}):
         with pytest.raises(ValueError, match="is none of"):
             load_published(files["uni3d/ti"], **setting)
-    near = CLOUDS["near origin"](10_000)[None]
+    near = parity_clouds(10_000)["near origin"][None]
     with torch.no_grad():
         for name, setting in (
             ("openshape/vitb32", {"skip_below": 1e-3}),
@@ -483,7 +477,7 @@ def test_settings_without_meaning_are_refused_and_others_act(files, models):
             ("uni3d/ti", {"radius": 0.1}),
             ("uni3d/ti", {"skip_below": None}),
         ):
-            given = CLOUDS["grid"](10_000)[None] if "ties" in setting else near
+            given = parity_clouds(10_000)["grid"][None] if "ties" in setting else near
             changed = load_published(files[name], **setting)
             assert (changed.encoder(given) - models[name].encoder(given)).abs().max() > 1e-3, setting
             copy = changed.encoder.network.fresh()
@@ -549,3 +543,29 @@ def test_half_precision_files_without_a_head(models):
     table = models["uni3d/ti"].report.table.set_index("tensor")
     assert set(table.dtype) == {"float16", "int64"} and not any("head" in name for name in table.index)
     assert {p.dtype for p in models["uni3d/ti"].encoder.parameters()} == {torch.float32}
+
+
+def test_parity_with_a_twin_and_through_files(files, models, tmp_path):
+    model = models["openshape/vitb32"]
+    tensors = bare_tensors(files["openshape/vitb32"])
+    table = parity(model, lambda x: TWINS["openshape/vitb32"](tensors, x[0])[None])
+    assert list(table.index) == ["generic", "grid", "near origin"]
+    assert (table.difference < 2e-5).all() and (table["1 - cosine"] < 1e-6).all() and (table["size"] > 1).all()
+    clouds = np.load(write_clouds(model, tmp_path / "clouds.npz"))
+    assert {name: clouds[name].shape for name in clouds.files} == dict.fromkeys(table.index, (1, 10_000, 6))
+    np.savez(tmp_path / "theirs.npz", **{name: np.zeros((1, 512), np.float32) for name in table.index})
+    zeros = parity(model, outputs=read_outputs(tmp_path / "theirs.npz"))
+    assert torch.allclose(torch.tensor(zeros.difference), torch.tensor(zeros["size"]))
+    np.savez(tmp_path / "pickle.npz", generic=np.array([{}], object))
+    (tmp_path / "text.npz").write_text("no zip")
+    for bad in ("pickle.npz", "text.npz"):
+        with pytest.raises(ValueError, match=bad):
+            read_outputs(tmp_path / bad)
+    with pytest.raises(ValueError, match=r"returns \(3,\) numbers, this model \(512,\)"):
+        parity(model, outputs=dict.fromkeys(table.index, torch.ones(3)))
+    with pytest.raises(ValueError, match="lack the cloud 'grid'; they have generic"):
+        parity(model, outputs={"generic": torch.ones(512)})
+    with pytest.raises(ValueError, match="not both"):
+        parity(model, lambda x: x, outputs={})
+    with pytest.raises(ValueError, match="written as .npz"):
+        write_clouds(model, tmp_path / "clouds.npy")
