@@ -15,6 +15,7 @@ import pytest
 import torch
 import trimesh
 from PIL import Image
+from published_layouts import write_layout
 from typer.core import TyperCommand
 from typer.testing import CliRunner
 
@@ -46,6 +47,7 @@ COMMANDS = (
     "check-data",
     "info",
     "models",
+    "parity",
     "download",
     "rerun",
 )
@@ -785,3 +787,22 @@ def test_a_run_is_repeated_from_its_folder(tmp_path):
         [sys.executable, "-m", "cg3d.cli", "rerun", f"{tmp_path}"], capture_output=True, text=True
     )
     assert refused.returncode == 2 and "no run in it" in refused.stderr
+
+
+def test_parity_with_an_adapter_and_through_files(tmp_path):
+    file = write_layout(tmp_path / "point_transformer_1k.pth", "cg3d/point_transformer", small_towers=True)
+    alone = json.loads(call("parity", str(file), "--clouds", str(tmp_path / "clouds.npz"), "--json").stdout)
+    assert alone["contract"] == "cg3d/point_transformer-1k" and alone["ties"] == "pointnet2"
+    assert [row["cloud"] for row in alone["clouds"]] == ["generic", "grid", "near origin"]
+    assert all(row["difference"] is None and row["size"] > 0 for row in alone["clouds"])
+    outputs = {name: np.zeros(512, np.float32) for name in np.load(tmp_path / "clouds.npz").files}
+    np.savez(tmp_path / "theirs.npz", **outputs)
+    zeros = json.loads(call("parity", str(file), "--outputs", str(tmp_path / "theirs.npz"), "--json").stdout)
+    assert all(abs(row["difference"] - row["size"]) < 1e-5 for row in zeros["clouds"])
+    (tmp_path / "adapter.py").write_text(
+        "def build(path):\n    return lambda cloud: cloud.new_zeros(1, 512)\n"
+    )
+    adapted = call("parity", str(file), "--official", f"{tmp_path}/adapter.py:build")
+    assert "point_transformer-1k" in adapted.stdout and "near origin" in adapted.stdout
+    for wrong in ("adapter", f"{tmp_path}/none.py:build", f"{tmp_path}/adapter.py:other"):
+        refused(call("parity", file, "--official", wrong), "adapter|none")

@@ -550,7 +550,9 @@ def test_parity_with_a_twin_and_through_files(files, models, tmp_path):
     tensors = bare_tensors(files["openshape/vitb32"])
     table = parity(model, lambda x: TWINS["openshape/vitb32"](tensors, x[0])[None])
     assert list(table.index) == ["generic", "grid", "near origin"]
-    assert (table.difference < 2e-5).all() and (table["1 - cosine"] < 1e-6).all() and (table["size"] > 1).all()
+    assert (
+        (table.difference < 2e-5).all() and (table["1 - cosine"] < 1e-6).all() and (table["size"] > 1).all()
+    )
     clouds = np.load(write_clouds(model, tmp_path / "clouds.npz"))
     assert {name: clouds[name].shape for name in clouds.files} == dict.fromkeys(table.index, (1, 10_000, 6))
     np.savez(tmp_path / "theirs.npz", **{name: np.zeros((1, 512), np.float32) for name in table.index})
