@@ -48,6 +48,7 @@ COMMANDS = (
     "info",
     "models",
     "parity",
+    "score",
     "download",
     "rerun",
 )
@@ -806,3 +807,30 @@ def test_parity_with_an_adapter_and_through_files(tmp_path):
     assert "point_transformer-1k" in adapted.stdout and "near origin" in adapted.stdout
     for wrong in ("adapter", f"{tmp_path}/none.py:build", f"{tmp_path}/adapter.py:other"):
         refused(call("parity", file, "--official", wrong), "adapter|none")
+
+
+def test_score_under_both_protocols(tmp_path):
+    file = write_layout(tmp_path / "ulip.pt", "ulip/pointmlp", small_towers=True)
+    trimesh.creation.box((1, 0.5, 0.7)).export(tmp_path / "box.glb")
+    trimesh.creation.box((100, 50, 70)).export(tmp_path / "large.glb")
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    words = ("-t", "a red box", "-i", tmp_path / "red.png", "-m", file, "--json")
+    scores = {
+        name: pd.DataFrame(json.loads(call("score", tmp_path / name, *words).stdout)["scores"])
+        for name in ("box.glb", "large.glb")
+    }
+    rows = scores["box.glb"]
+    assert rows.protocol.tolist() == ["as-published"] * 2 + ["contract"] * 2
+    assert (
+        rows.kind.tolist() == ["text", "image"] * 2 and rows.normalized.tolist() == [False] * 2 + [True] * 2
+    )
+    change = (rows.score - scores["large.glb"].score).abs()
+    assert change[:2].max() > 1e-3 and change[2:].max() < 1e-4, (
+        "only the published score depends on the scale"
+    )
+    refused(call("score", tmp_path / "box.glb", "-m", file), "give --text or --image")
+    refused(
+        call("score", tmp_path / "box.glb", "-t", "x", "-m", file, "--protocol", "paper"),
+        "none of as-published",
+    )
+    refused(call("score", tmp_path / "box.glb", "-t", "x", "-m", "nano"), "needs published weights")

@@ -7,15 +7,18 @@ import re
 import numpy as np
 import pytest
 import torch
+import trimesh
 from published_layouts import payload, published_layouts, random_tensors, with_adam, write_layout
 from published_twins import TWINS, bare_tensors, pointnet2_centers
 
 from cg3d.core.state_dict import read_checkpoint
 from cg3d.geometry.ops import farthest_point_sample, normalize
+from cg3d.io.read import read_points
 from cg3d.io.shape import Shape
 from cg3d.pretrained.grouping import Grouping
 from cg3d.pretrained.loading import PublishedModel, load_published
 from cg3d.pretrained.parity import parity, parity_clouds, read_outputs, write_clouds
+from cg3d.pretrained.score import shape_embedding
 from cg3d.pretrained.specs import CONTRACTS, contracts
 
 FAMILY = {"cg3d": "cg3d", "ulip": "ulip", "ulip2": "ulip2", "openshape": "openshape", "uni3d": "uni3d"}
@@ -571,3 +574,22 @@ def test_parity_with_a_twin_and_through_files(files, models, tmp_path):
         parity(model, lambda x: x, outputs={})
     with pytest.raises(ValueError, match="written as .npz"):
         write_clouds(model, tmp_path / "clouds.npy")
+
+
+def test_the_published_score_is_the_raw_surface_in_one_gray(models, tmp_path):
+    mesh = trimesh.creation.box((3, 2, 1))
+    mesh.apply_translation((5, 0, 0))
+    mesh.export(tmp_path / "box.glb")
+    uni3d = models["uni3d/ti"]
+    xyz, _ = read_points(tmp_path / "box.glb", 8192, seed=3)
+    assert xyz[:, 0].min() >= 3.5 and np.ptp(xyz[:, 0]) > 2.9
+    gray = np.concatenate([xyz, np.full_like(xyz, 100 / 255)], 1).astype(np.float32)
+    with torch.no_grad():
+        want = torch.nn.functional.normalize(uni3d.encoder.network(torch.from_numpy(gray)[None]), dim=-1)[0]
+    assert torch.allclose(
+        shape_embedding(uni3d, tmp_path / "box.glb", "as-published", seed=3), want, atol=1e-6
+    )
+    assert shape_embedding(uni3d, tmp_path / "box.glb", "contract", seed=3) @ want < 0.999
+    trimesh.PointCloud(xyz[:100]).export(tmp_path / "cloud.ply")
+    with pytest.raises(ValueError, match="cloud of 100 points"):
+        shape_embedding(uni3d, tmp_path / "cloud.ply", "as-published")

@@ -6,12 +6,12 @@
 __all__ = ['app', 'VERSION', 'DEBUG', 'JSON', 'MODEL_HELP', 'MODEL', 'DEVICE', 'UP_HELP', 'UP', 'CLIP_HELP', 'CLIP', 'OVERWRITE',
            'WORKERS_HELP', 'WORKERS', 'SKIP', 'MAX_SIZE', 'SHAPES_HELP', 'SHAPES', 'LAYOUT_HELP', 'LAYOUT',
            'LABELS_HELP', 'LABELS', 'TEMPLATES_HELP', 'TEMPLATE_OPTION', 'KIND_HELP', 'SHOWN_COLUMNS', 'WHERE_HELP',
-           'INFO_HELP', 'NAME_HELP', 'FILES_HELP', 'OFFICIAL_HELP', 'CLOUDS_HELP', 'OUTPUTS_HELP', 'PARAMETER_OPTIONS',
-           'RECIPE_HELP', 'RECIPE', 'PARAMETER', 'NOTEBOOK_HELP', 'NOTEBOOK', 'LIST', 'cg3d', 'load_model',
-           'problems_json', 'read_labels', 'classify', 'save_views', 'shape_views', 'render', 'embed', 'pack', 'index',
-           'read_query', 'search', 'info', 'formats_command', 'check_data', 'models', 'catalog_rows', 'download',
-           'parity', 'JobCommand', 'print_parameters', 'command_values', 'execute_job', 'train', 'evaluate', 'finetune',
-           'same_file', 'rerun', 'main']
+           'INFO_HELP', 'NAME_HELP', 'FILES_HELP', 'OFFICIAL_HELP', 'CLOUDS_HELP', 'OUTPUTS_HELP', 'TEXT_HELP',
+           'IMAGE_HELP', 'PROTOCOL_HELP', 'PARAMETER_OPTIONS', 'RECIPE_HELP', 'RECIPE', 'PARAMETER', 'NOTEBOOK_HELP',
+           'NOTEBOOK', 'LIST', 'cg3d', 'load_model', 'problems_json', 'read_labels', 'classify', 'save_views',
+           'shape_views', 'render', 'embed', 'pack', 'index', 'read_query', 'search', 'info', 'formats_command',
+           'check_data', 'models', 'catalog_rows', 'download', 'parity', 'score', 'JobCommand', 'print_parameters',
+           'command_values', 'execute_job', 'train', 'evaluate', 'finetune', 'same_file', 'rerun', 'main']
 
 # %% ../../nbs/cli/03_app.ipynb #c03
 import sys
@@ -627,6 +627,35 @@ def parity(
             print_note(f"clouds in {path}; give what the original returns for them with --outputs")
 
     print_result(facts | {"clouds": rows}, as_json, show)
+
+# %% ../../nbs/cli/03_app.ipynb #c35
+TEXT_HELP = "A prompt, as it is; may be repeated."
+IMAGE_HELP = "A picture; may be repeated."
+PROTOCOL_HELP = "as-published, contract, or both."
+
+
+@app.command()
+def score(
+    shape: Annotated[str, typer.Argument(help="A mesh.")],
+    texts: Annotated[list[str], typer.Option("--text", "-t", help=TEXT_HELP, show_default=False)] = (),
+    images: Annotated[list[str], typer.Option("--image", "-i", help=IMAGE_HELP, show_default=False)] = (),
+    model: MODEL = "uni3d-g",
+    protocol: Annotated[str, typer.Option(help=PROTOCOL_HELP)] = "both",
+    seed: Annotated[int, typer.Option(help="Of the points of the surface.")] = 0,
+    device: DEVICE = "auto",
+    clip: CLIP = "",
+    as_json: JSON = False,
+):
+    "How well a generated shape fits its prompt: ULIP-T, Uni3D-T, Uni3D-I as in papers, and by the model's contract."
+    if not list(texts) + list(images):
+        raise InputError("nothing to compare with: give --text or --image")
+    from cg3d.pretrained.score import PROTOCOLS
+    from cg3d.pretrained.score import score as compare
+
+    protocols = PROTOCOLS if protocol == "both" else [protocol]
+    table = compare(load_model(model, device, clip), shape, list(texts), list(images), protocols, seed)
+    rows = table.to_dict("records")
+    print_result({"model": model, "shape": shape, "scores": rows}, as_json, lambda: print_table(rows))
 
 # %% ../../nbs/cli/03_app.ipynb #c19
 PARAMETER_OPTIONS = ("-p", "--parameter")
