@@ -6,7 +6,7 @@ fills one with seeded random numbers. Such a file has the form of a published mo
 that a file of this form loads and computes what it should.
 
 A file wraps those tables: CG3D's trainer writes `base_model` and `visual_clip_model`, ULIP's `state_dict` with `module.`
-in front and the settings in `args`, DeepSpeed `module`.
+in front and the settings in `args`, DeepSpeed `module`. Uni3D's numbers are half precision.
 """
 
 from pathlib import Path
@@ -191,9 +191,9 @@ def uni3d(
 ) -> dict[str, tuple]:
     "Uni3D's point encoder, the unused image side of its transformer included."
     width, depth, hidden, patch, side, classes = {
-        "ti": (192, 12, 512, 14, 24, 1000),
-        "s": (384, 12, 1024, 14, 24, 1000),
-        "b": (768, 12, 2048, 14, 32, 21841),
+        "ti": (192, 12, 512, 14, 16, 0),
+        "s": (384, 12, 1024, 14, 16, 0),
+        "b": (768, 12, 2048, 14, 32, 1000),
         "l": (1024, 24, 2730, 14, 32, 1000),
         "g": (1408, 40, 6144, 14, 40, 1000),
     }[size]
@@ -236,7 +236,34 @@ def uni3d(
             | _norm(f"{b}.norm2", width)
             | _linear(f"{b}.mlp.fc2", width, hidden)
         )
-    return shapes | _norm(f"{v}fc_norm", width) | _linear(f"{v}head", classes, width) | {"logit_scale": ()}
+    head = _linear(f"{v}head", classes, width) if classes else {}
+    return shapes | _norm(f"{v}fc_norm", width) | head | {"logit_scale": ()}
+
+
+def with_adam(file: dict[str, dict[str, tuple]]) -> dict[str, dict[str, tuple]]:
+    "A file that also holds Adam's two moments of every parameter, as OpenShape's trainer saves it."
+    shapes = [
+        shape
+        for tensors in file.values()
+        for name, shape in tensors.items()
+        if "running_" not in name and "num_batches" not in name
+    ]
+    return file | {
+        f"optimizer.state.{i}": {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+        for i, shape in enumerate(shapes)
+    }
+
+
+def payload(
+    name: str,  # one of `published_layouts()`
+) -> int:  # bytes
+    "Size of the numbers in a file of this layout, without what torch.save adds."
+    half = name.startswith("uni3d/")
+    return sum(
+        torch.Size(shape).numel() * (8 if tensor.endswith("num_batches_tracked") else 2 if half else 4)
+        for shapes in published_layouts()[name].values()
+        for tensor, shape in shapes.items()
+    )
 
 
 _SMALL = dict(image=(128, 2, 8, 3), text=(64, 2, 512))  # towers for tests: heads stay 64 wide
@@ -250,8 +277,8 @@ def _ulip(
     return {"state_dict": {f"module.{name}": shape for name, shape in shapes.items()}}
 
 
-def _openshape(dim: int, **sizes) -> dict[str, dict[str, tuple]]:
-    shapes = ppat(**sizes) | _linear("proj", dim, 512)
+def _openshape(dim: int, width: int = 512, **sizes) -> dict[str, dict[str, tuple]]:
+    shapes = ppat(width=width, **sizes) | _linear("proj", dim, width)
     return {
         "state_dict": {f"module.{name}": shape for name, shape in shapes.items()},
         "logit_scale": {"module.logit_scale": ()},
@@ -286,10 +313,12 @@ def published_layouts(
         "ulip/pointbert": _ulip(pointbert(at), 768, 512, towers),
         "ulip/pointmlp": _ulip(pointmlp(at) | perceptron, 256, 512, towers),
         "ulip2/pointbert": _ulip(pointbert(at, 6, 18), 768, 1280, {}),
+        "ulip2/pointbert-xyz": _ulip(pointbert(at, 3, 18), 768, 1280, {}),
         "openshape/vitb32": {"": ppat("pc_encoder.", **_SCALING3)},
         "openshape/vitl14": {
             "": ppat("pc_encoder.ppat.", **_SCALING3) | _linear("pc_encoder.proj", 768, 512)
         },
+        "openshape/scaling1": with_adam(_openshape(1280, 256, depth=6, hidden=1024, patch_width=96, heads=4)),
         "openshape/scaling3": _openshape(768, **_SCALING3),
         "openshape/bigG": _openshape(1280),
         **{f"uni3d/{size}": {"module": uni3d(size)} for size in ("ti", "s", "b", "l", "g")},
@@ -344,6 +373,9 @@ def write_layout(
         inner = content
         for part in filter(None, container.split(".")):
             inner = inner.setdefault(part, {})
-        inner.update(random_tensors(shapes, seed + i))
+        tensors = random_tensors(shapes, seed + i)
+        if name.startswith("uni3d/"):  # published in half precision
+            tensors = {key: x.half() if x.is_floating_point() else x for key, x in tensors.items()}
+        inner.update(tensors)
     torch.save(content | extra, path)
     return Path(path)

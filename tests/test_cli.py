@@ -15,6 +15,7 @@ import pytest
 import torch
 import trimesh
 from PIL import Image
+from published_layouts import write_layout
 from typer.core import TyperCommand
 from typer.testing import CliRunner
 
@@ -46,6 +47,8 @@ COMMANDS = (
     "check-data",
     "info",
     "models",
+    "parity",
+    "score",
     "download",
     "rerun",
 )
@@ -785,3 +788,49 @@ def test_a_run_is_repeated_from_its_folder(tmp_path):
         [sys.executable, "-m", "cg3d.cli", "rerun", f"{tmp_path}"], capture_output=True, text=True
     )
     assert refused.returncode == 2 and "no run in it" in refused.stderr
+
+
+def test_parity_with_an_adapter_and_through_files(tmp_path):
+    file = write_layout(tmp_path / "point_transformer_1k.pth", "cg3d/point_transformer", small_towers=True)
+    alone = json.loads(call("parity", str(file), "--clouds", str(tmp_path / "clouds.npz"), "--json").stdout)
+    assert alone["contract"] == "cg3d/point_transformer-1k" and alone["ties"] == "pointnet2"
+    assert [row["cloud"] for row in alone["clouds"]] == ["generic", "grid", "near origin"]
+    assert all(row["difference"] is None and row["size"] > 0 for row in alone["clouds"])
+    outputs = {name: np.zeros(512, np.float32) for name in np.load(tmp_path / "clouds.npz").files}
+    np.savez(tmp_path / "theirs.npz", **outputs)
+    zeros = json.loads(call("parity", str(file), "--outputs", str(tmp_path / "theirs.npz"), "--json").stdout)
+    assert all(abs(row["difference"] - row["size"]) < 1e-5 for row in zeros["clouds"])
+    (tmp_path / "adapter.py").write_text(
+        "def build(path):\n    return lambda cloud: cloud.new_zeros(1, 512)\n"
+    )
+    adapted = call("parity", str(file), "--official", f"{tmp_path}/adapter.py:build")
+    assert "point_transformer-1k" in adapted.stdout and "near origin" in adapted.stdout
+    for wrong in ("adapter", f"{tmp_path}/none.py:build", f"{tmp_path}/adapter.py:other"):
+        refused(call("parity", file, "--official", wrong), "adapter|none")
+
+
+def test_score_under_both_protocols(tmp_path):
+    file = write_layout(tmp_path / "ulip.pt", "ulip/pointmlp", small_towers=True)
+    trimesh.creation.box((1, 0.5, 0.7)).export(tmp_path / "box.glb")
+    trimesh.creation.box((100, 50, 70)).export(tmp_path / "large.glb")
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    words = ("-t", "a red box", "-i", tmp_path / "red.png", "-m", file, "--json")
+    scores = {
+        name: pd.DataFrame(json.loads(call("score", tmp_path / name, *words).stdout)["scores"])
+        for name in ("box.glb", "large.glb")
+    }
+    rows = scores["box.glb"]
+    assert rows.protocol.tolist() == ["as-published"] * 2 + ["contract"] * 2
+    assert (
+        rows.kind.tolist() == ["text", "image"] * 2 and rows.normalized.tolist() == [False] * 2 + [True] * 2
+    )
+    change = (rows.score - scores["large.glb"].score).abs()
+    assert change[:2].max() > 1e-3 and change[2:].max() < 1e-4, (
+        "only the published score depends on the scale"
+    )
+    refused(call("score", tmp_path / "box.glb", "-m", file), "give --text or --image")
+    refused(
+        call("score", tmp_path / "box.glb", "-t", "x", "-m", file, "--protocol", "paper"),
+        "none of as-published",
+    )
+    refused(call("score", tmp_path / "box.glb", "-t", "x", "-m", "nano"), "needs published weights")

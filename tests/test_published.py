@@ -2,16 +2,23 @@
 
 import argparse
 import os
+import re
 
 import numpy as np
 import pytest
 import torch
-from published_layouts import published_layouts, random_tensors, write_layout
+import trimesh
+from published_layouts import payload, published_layouts, random_tensors, with_adam, write_layout
+from published_twins import TWINS, bare_tensors, pointnet2_centers
 
 from cg3d.core.state_dict import read_checkpoint
-from cg3d.geometry.ops import normalize
+from cg3d.geometry.ops import farthest_point_sample, normalize
+from cg3d.io.read import read_points
+from cg3d.io.shape import Shape
 from cg3d.pretrained.grouping import Grouping
 from cg3d.pretrained.loading import PublishedModel, load_published
+from cg3d.pretrained.parity import parity, parity_clouds, read_outputs, write_clouds
+from cg3d.pretrained.score import shape_embedding
 from cg3d.pretrained.specs import CONTRACTS, contracts
 
 FAMILY = {"cg3d": "cg3d", "ulip": "ulip", "ulip2": "ulip2", "openshape": "openshape", "uni3d": "uni3d"}
@@ -340,3 +347,249 @@ def test_pointmlp_of_ulip_has_no_near_origin_rule(models):
 
 def test_family_spellings(files):
     assert load_published(files["openshape/vitb32"], family="OpenShape").report.family == "openshape"
+
+
+def kernel_by_hand(cloud, k, skip_below=1e-3):
+    "pointnet2's kernel in plain Python: T threads with strict maxima, then a tree that prefers the left of a pair."
+    points = [[float(np.float32(v)) for v in p] for p in cloud.tolist()]
+    threads = 1
+    while threads * 2 <= min(len(points), 512):
+        threads *= 2
+    chosen, gap = [0], [1e10] * len(points)
+    while len(chosen) < k:
+        last, slots = points[chosen[-1]], []
+        for thread in range(threads):
+            best, at = -1.0, 0
+            for i in range(thread, len(points), threads):
+                if sum(v * v for v in points[i]) <= skip_below:
+                    continue
+                gap[i] = min(gap[i], sum((a - b) ** 2 for a, b in zip(points[i], last)))
+                if gap[i] > best:
+                    best, at = gap[i], i
+            slots.append((best, at))
+        while len(slots) > 1:
+            half = len(slots) // 2
+            slots = [right if right[0] > left[0] else left for left, right in zip(slots[:half], slots[half:])]
+        chosen.append(slots[0][1])
+    return chosen
+
+
+@pytest.mark.parametrize(
+    "n, k", [(1, 1), (5, 5), (33, 20), (64, 40), (500, 30), (512, 20), (700, 40), (1100, 25)]
+)
+def test_ties_follow_the_kernel_of_pointnet2(n, k):
+    "Numbers on a grid of 1/32 are exact in float32, so every tie is a tie there too."
+    g = torch.Generator().manual_seed(n)
+    grid = torch.randint(-8, 9, (2, n, 3), generator=g) / 32
+    got = farthest_point_sample(grid, k, skip_below=1e-3, ties="pointnet2")
+    assert got.tolist() == [kernel_by_hand(cloud, k) for cloud in grid]
+    assert torch.equal(got[0], pointnet2_centers(grid[0], k))
+    every = farthest_point_sample(grid, k, ties="pointnet2")
+    assert every.tolist() == [kernel_by_hand(cloud, k, skip_below=-1) for cloud in grid]
+    if n > 33:
+        assert not torch.equal(got, farthest_point_sample(grid, k, skip_below=1e-3)), "the plain rule differs"
+
+
+def test_ties_without_candidates_and_with_another_word():
+    tiny = torch.rand(1, 40, 3) * 0.01
+    assert farthest_point_sample(tiny, 4, skip_below=1e-3, ties="pointnet2").tolist() == [[0, 0, 0, 0]]
+    with pytest.raises(ValueError, match="ties='dgl' is none of first, pointnet2"):
+        farthest_point_sample(tiny, 4, ties="dgl")
+
+
+@pytest.mark.parametrize("kind", ["generic", "grid", "near origin"])
+def test_encoders_agree_with_their_twins(files, models, kind):
+    for name in ("cg3d/point_transformer", "ulip/pointmlp", "openshape/vitb32", "uni3d/ti"):
+        cloud = parity_clouds(models[name].contract.points)[kind]
+        with torch.no_grad():
+            difference = models[name].encoder(cloud[None])[0] - TWINS[name](bare_tensors(files[name]), cloud)
+        assert difference.abs().max() < 5e-5, name
+
+
+def test_the_plain_order_of_ties_is_another_model(files, models):
+    cloud = parity_clouds(10_000)["grid"][None]
+    plain = load_published(files["uni3d/ti"], ties="first")
+    with torch.no_grad():
+        assert (plain.encoder(cloud) - models["uni3d/ti"].encoder(cloud)).abs().max() > 0.01
+
+
+def unit(xyz):
+    xyz = xyz - xyz.mean(0)
+    return xyz / np.sqrt((xyz**2).sum(1)).max()
+
+
+def loop_thinned(xyz, count):  # ULIP's reader, which starts at a random point; here at the first
+    chosen, gap = [0], np.full(len(xyz), 1e10, np.float32)
+    while len(chosen) < count:
+        gap = np.minimum(gap, ((xyz - xyz[chosen[-1]]) ** 2).sum(1))
+        chosen.append(int(gap.argmax()))
+    return np.array(chosen)
+
+
+def test_ulip_and_openshape_thin_before_they_normalize(files, models):
+    raw = cloud(16_384)[0] * torch.tensor([3.0, 3, 3, 1, 1, 1]) + torch.tensor([0, 0, 2.0, 0, 0, 0])
+    ulip = load_published(files["ulip/pointmlp"], points=1500)
+    rows = loop_thinned(raw[:, :3].numpy(), 1500)
+    expected = torch.from_numpy(unit(raw[rows, :3].numpy()))[None]
+    shape = Shape(raw[:, :3].numpy(), raw[:, 3:].numpy())
+    with torch.no_grad():
+        want = torch.nn.functional.normalize(ulip.encoder(expected), dim=-1)
+        late = torch.nn.functional.normalize(
+            ulip.encoder(torch.from_numpy(unit(raw[:, :3].numpy()))[None, rows]), dim=-1
+        )
+    for given in (raw[None], shape, Shape(raw[:, [0, 2, 1]].numpy() * [1, -1, 1], up="z")):
+        assert (ulip.encode_shape(given) - want).abs().max() < 1e-5
+    assert (want - late).abs().max() > 1e-4, "the order matters"
+    b32 = models["openshape/vitb32"]
+    order = torch.randperm(16_384, generator=torch.Generator().manual_seed(0))[:10_000]
+    drawn = torch.cat([torch.from_numpy(unit(raw[order, :3].numpy())), raw[order, 3:]], 1)
+    with torch.no_grad():
+        want = torch.nn.functional.normalize(b32.encoder(drawn[None]), dim=-1)
+    assert (b32.encode_shape(shape) - want).abs().max() < 1e-5
+
+
+def test_ball_queries_read_shuffled_clouds(files, models):
+    "A scan lists its points from one end to the other; the first in a ball would be those of one side."
+    b32, whole = models["openshape/vitb32"], cloud(10_000)[0]
+    lines = whole[whole[:, 0].argsort()][None]
+    order = torch.randperm(10_000, generator=torch.Generator().manual_seed(0))
+    kept = load_published(files["openshape/vitb32"], sampling="random")
+    with torch.no_grad():
+        shuffled, in_lines = (
+            torch.nn.functional.normalize(b32.encoder(c), dim=-1) for c in (lines[:, order], lines)
+        )
+    assert torch.allclose(b32.encode_shape(lines), shuffled, atol=1e-5)
+    assert torch.allclose(kept.encode_shape(lines), in_lines, atol=1e-5)
+    assert (shuffled - in_lines).abs().max() > 1e-3
+    few = b32._prepare(whole[None, :3000])
+    assert few.shape == (1, 10_000, 6) and len(few[0, :3000].unique(dim=0)) == 3000
+
+
+def test_settings_without_meaning_are_refused_and_others_act(files, models):
+    for setting in ({"groups": 64}, {"radius": 0.2}):
+        with pytest.raises(ValueError, match=f"has no {next(iter(setting))}: its anchors"):
+            load_published(files["ulip/pointmlp"], **setting)
+    for setting in ({"sampling": "nearest"}, {"ties": "last"}):
+        with pytest.raises(ValueError, match="is none of"):
+            load_published(files["uni3d/ti"], **setting)
+    near = parity_clouds(10_000)["near origin"][None]
+    with torch.no_grad():
+        for name, setting in (
+            ("openshape/vitb32", {"skip_below": 1e-3}),
+            ("openshape/vitb32", {"ties": "pointnet2"}),
+            ("uni3d/ti", {"radius": 0.1}),
+            ("uni3d/ti", {"skip_below": None}),
+        ):
+            given = parity_clouds(10_000)["grid"][None] if "ties" in setting else near
+            changed = load_published(files[name], **setting)
+            assert (changed.encoder(given) - models[name].encoder(given)).abs().max() > 1e-3, setting
+            copy = changed.encoder.network.fresh()
+            copy.load_state_dict(changed.encoder.network.state_dict())
+            assert torch.equal(copy.eval()(given), changed.encoder.network(given))
+
+
+def test_strict_false_sets_tensors_aside_by_name(files, tmp_path):
+    path = edited(
+        files["cg3d/point_transformer"], tmp_path, lambda c: c["base_model"].update(extra_head=torch.ones(3))
+    )
+    with pytest.raises(ValueError, match="unexpected tensor 'base_model.extra_head'"):
+        load_published(path)
+    unused = load_published(path, strict=False).report.unused.set_index("tensor")
+    assert unused.loc["base_model.extra_head", "role"] == "unexpected, set aside by strict=False"
+    path = edited(files["cg3d/point_transformer"], tmp_path, lambda c: c["base_model"].pop("norm.weight"))
+    with pytest.raises(ValueError, match="norm.weight"):
+        load_published(path, strict=False)
+
+
+def test_colorless_ulip2_is_not_ulip(tmp_path):
+    model = load_published(write_layout(tmp_path / "unnamed.pt", "ulip2/pointbert-xyz"))
+    assert model.report.family == "ulip2" and model.contract.model == "ulip2/pointbert-xyz"
+    assert (model.contract.points, model.contract.channels, model.encoder.dim) == (10_000, 3, 1280)
+    assert model.config.clip == "ViT-bigG-14" and "10,000 points assumed" in str(model.report)
+    os.rename(tmp_path / "unnamed.pt", tmp_path / "ULIP-2-PointBERT-8k-xyz-pc-vit_g.pt")
+    named = load_published(tmp_path / "ULIP-2-PointBERT-8k-xyz-pc-vit_g.pt")
+    assert named.contract.points == 8192 and not named.report.notes
+
+
+def parameters(layout):
+    shapes = published_layouts()[layout]["module"]
+    return sum(
+        torch.Size(shape).numel()
+        for name, shape in shapes.items()
+        if not re.search("running_|num_batches", name)
+    )
+
+
+def test_layouts_have_the_published_sizes(tmp_path):
+    "Parameter counts of Uni3D and bytes of OpenShape's files as the hub states them; read in November 2026."
+    counts = {"ti": 6_384_449, "s": 22_823_681, "b": 88_960_617, "l": 307_350_313, "g": 1_017_358_057}
+    assert {size: parameters(f"uni3d/{size}") for size in counts} == counts
+    assert [round(payload(f"uni3d/{size}") / 1e6, 1) for size in ("ti", "s")] == [12.8, 45.6]
+    for layout, size in {
+        "openshape/vitb32": 101_260_675,
+        "openshape/vitl14": 102_839_295,
+        "openshape/scaling1": 61_323_833,
+    }.items():
+        assert 0 < size - payload(layout) < 0.002 * size, layout
+    bigg = published_layouts()["openshape/bigG"]
+    with_moments = 4 * sum(torch.Size(s).numel() for t in with_adam(bigg).values() for s in t.values())
+    assert 0 < 388_091_433 - with_moments < 0.002 * 388_091_433
+    written = write_layout(tmp_path / "model.pt", "openshape/scaling1")
+    assert abs(written.stat().st_size - 61_323_833) < 0.001 * 61_323_833
+    model = load_published(written)
+    assert model.contract.model == "openshape/scaling1" and model.encoder.config.heads == 4
+    assert set(model.report.unused.role) == {"training state"}
+    assert abs(write_layout(tmp_path / "ti.pt", "uni3d/ti").stat().st_size - 12.8e6) < 0.05e6
+
+
+def test_half_precision_files_without_a_head(models):
+    table = models["uni3d/ti"].report.table.set_index("tensor")
+    assert set(table.dtype) == {"float16", "int64"} and not any("head" in name for name in table.index)
+    assert {p.dtype for p in models["uni3d/ti"].encoder.parameters()} == {torch.float32}
+
+
+def test_parity_with_a_twin_and_through_files(files, models, tmp_path):
+    model = models["openshape/vitb32"]
+    tensors = bare_tensors(files["openshape/vitb32"])
+    table = parity(model, lambda x: TWINS["openshape/vitb32"](tensors, x[0])[None])
+    assert list(table.index) == ["generic", "grid", "near origin"]
+    assert (
+        (table.difference < 2e-5).all() and (table["1 - cosine"] < 1e-6).all() and (table["size"] > 1).all()
+    )
+    clouds = np.load(write_clouds(model, tmp_path / "clouds.npz"))
+    assert {name: clouds[name].shape for name in clouds.files} == dict.fromkeys(table.index, (1, 10_000, 6))
+    np.savez(tmp_path / "theirs.npz", **{name: np.zeros((1, 512), np.float32) for name in table.index})
+    zeros = parity(model, outputs=read_outputs(tmp_path / "theirs.npz"))
+    assert np.allclose(zeros.difference, zeros["size"])
+    np.savez(tmp_path / "pickle.npz", generic=np.array([{}], object))
+    (tmp_path / "text.npz").write_text("no zip")
+    for bad in ("pickle.npz", "text.npz"):
+        with pytest.raises(ValueError, match=bad):
+            read_outputs(tmp_path / bad)
+    with pytest.raises(ValueError, match=r"returns \(3,\) numbers, this model \(512,\)"):
+        parity(model, outputs=dict.fromkeys(table.index, torch.ones(3)))
+    with pytest.raises(ValueError, match="lack the cloud 'grid'; they have generic"):
+        parity(model, outputs={"generic": torch.ones(512)})
+    with pytest.raises(ValueError, match="not both"):
+        parity(model, lambda x: x, outputs={})
+    with pytest.raises(ValueError, match="written as .npz"):
+        write_clouds(model, tmp_path / "clouds.npy")
+
+
+def test_the_published_score_is_the_raw_surface_in_one_gray(models, tmp_path):
+    mesh = trimesh.creation.box((3, 2, 1))
+    mesh.apply_translation((5, 0, 0))
+    mesh.export(tmp_path / "box.glb")
+    uni3d = models["uni3d/ti"]
+    xyz, _ = read_points(tmp_path / "box.glb", 8192, seed=3)
+    assert xyz[:, 0].min() >= 3.5 and np.ptp(xyz[:, 0]) > 2.9
+    gray = np.concatenate([xyz, np.full_like(xyz, 100 / 255)], 1).astype(np.float32)
+    with torch.no_grad():
+        want = torch.nn.functional.normalize(uni3d.encoder.network(torch.from_numpy(gray)[None]), dim=-1)[0]
+    assert torch.allclose(
+        shape_embedding(uni3d, tmp_path / "box.glb", "as-published", seed=3), want, atol=1e-6
+    )
+    assert shape_embedding(uni3d, tmp_path / "box.glb", "contract", seed=3) @ want < 0.999
+    trimesh.PointCloud(xyz[:100]).export(tmp_path / "cloud.ply")
+    with pytest.raises(ValueError, match="cloud of 100 points"):
+        shape_embedding(uni3d, tmp_path / "cloud.ply", "as-published")

@@ -6,10 +6,11 @@
 __all__ = ['app', 'VERSION', 'DEBUG', 'JSON', 'MODEL_HELP', 'MODEL', 'DEVICE', 'UP_HELP', 'UP', 'CLIP_HELP', 'CLIP', 'OVERWRITE',
            'WORKERS_HELP', 'WORKERS', 'SKIP', 'MAX_SIZE', 'SHAPES_HELP', 'SHAPES', 'LAYOUT_HELP', 'LAYOUT',
            'LABELS_HELP', 'LABELS', 'TEMPLATES_HELP', 'TEMPLATE_OPTION', 'KIND_HELP', 'SHOWN_COLUMNS', 'WHERE_HELP',
-           'INFO_HELP', 'NAME_HELP', 'FILES_HELP', 'PARAMETER_OPTIONS', 'RECIPE_HELP', 'RECIPE', 'PARAMETER',
-           'NOTEBOOK_HELP', 'NOTEBOOK', 'LIST', 'cg3d', 'load_model', 'problems_json', 'read_labels', 'classify',
-           'save_views', 'shape_views', 'render', 'embed', 'pack', 'index', 'read_query', 'search', 'info',
-           'formats_command', 'check_data', 'models', 'catalog_rows', 'download', 'JobCommand', 'print_parameters',
+           'INFO_HELP', 'NAME_HELP', 'FILES_HELP', 'OFFICIAL_HELP', 'CLOUDS_HELP', 'OUTPUTS_HELP', 'TEXT_HELP',
+           'IMAGE_HELP', 'PROTOCOL_HELP', 'PARAMETER_OPTIONS', 'RECIPE_HELP', 'RECIPE', 'PARAMETER', 'NOTEBOOK_HELP',
+           'NOTEBOOK', 'LIST', 'cg3d', 'load_model', 'problems_json', 'read_labels', 'classify', 'save_views',
+           'shape_views', 'render', 'embed', 'pack', 'index', 'read_query', 'search', 'info', 'formats_command',
+           'check_data', 'models', 'catalog_rows', 'download', 'parity', 'score', 'JobCommand', 'print_parameters',
            'command_values', 'execute_job', 'train', 'evaluate', 'finetune', 'same_file', 'rerun', 'main']
 
 # %% ../../nbs/cli/03_app.ipynb #c03
@@ -568,6 +569,93 @@ def download(
     ]
     facts = {"name": name, "folder": str(folder), "files": rows}
     print_result(facts, as_json, lambda: print_table(rows))
+
+# %% ../../nbs/cli/03_app.ipynb #c34
+OFFICIAL_HELP = (
+    "The authors' network: adapter.py:function, which gets the file and returns cloud -> embedding."
+)
+CLOUDS_HELP = "Write the clouds as .npz, to run the original on another machine."
+OUTPUTS_HELP = "Outputs of the original for those clouds, .npz."
+
+
+@app.command()
+def parity(
+    file: Annotated[str, typer.Argument(help="Published weights.")],
+    official: Annotated[str, typer.Option(help=OFFICIAL_HELP, show_default=False)] = "",
+    outputs: Annotated[str, typer.Option(help=OUTPUTS_HELP, show_default=False)] = "",
+    clouds: Annotated[str, typer.Option(help=CLOUDS_HELP, show_default=False)] = "",
+    device: DEVICE = "auto",
+    overwrite: OVERWRITE = False,
+    as_json: JSON = False,
+):
+    "Compare published weights here with their authors' code, on three clouds."
+    path = check_output(clouds, overwrite) if clouds else None
+    from cg3d.core.atomic import file_hash
+    from cg3d.core.device import pick_device
+    from cg3d.pretrained import parity as compared
+    from cg3d.pretrained.factory import split_options
+    from cg3d.pretrained.loading import load_published
+
+    bare, options = split_options(file)
+    model = load_published(bare, device=pick_device(device), **options)
+    network = compared.load_official(official, bare) if official else None
+    table = compared.parity(model, network, compared.read_outputs(outputs) if outputs else None)
+    if path:
+        compared.write_clouds(model, path)
+    rows = [
+        {key: value if value == value else None for key, value in row.items()}  # NaN: nothing to compare with
+        for row in table.reset_index().to_dict("records")
+    ]
+    contract, report = model.contract, model.report
+    facts = {
+        "file": bare,
+        "sha256": file_hash(Path(bare)),
+        "family": report.family,
+        "contract": contract.model,
+    }
+    facts |= {"tensors": len(report.table), "used": len(report.used), "ties": contract.ties}
+    facts |= {
+        "skip_below": contract.skip_below,
+        "sampling": contract.sampling,
+        "thin_first": contract.thin_first,
+    }
+
+    def show():
+        print_facts(facts)
+        print_table([{key: "-" if value is None else value for key, value in row.items()} for row in rows])
+        if path:
+            print_note(f"clouds in {path}; give what the original returns for them with --outputs")
+
+    print_result(facts | {"clouds": rows}, as_json, show)
+
+# %% ../../nbs/cli/03_app.ipynb #c35
+TEXT_HELP = "A prompt, as it is; may be repeated."
+IMAGE_HELP = "A picture; may be repeated."
+PROTOCOL_HELP = "as-published, contract, or both."
+
+
+@app.command()
+def score(
+    shape: Annotated[str, typer.Argument(help="A mesh.")],
+    texts: Annotated[list[str], typer.Option("--text", "-t", help=TEXT_HELP, show_default=False)] = (),
+    images: Annotated[list[str], typer.Option("--image", "-i", help=IMAGE_HELP, show_default=False)] = (),
+    model: MODEL = "uni3d-g",
+    protocol: Annotated[str, typer.Option(help=PROTOCOL_HELP)] = "both",
+    seed: Annotated[int, typer.Option(help="Of the points of the surface.")] = 0,
+    device: DEVICE = "auto",
+    clip: CLIP = "",
+    as_json: JSON = False,
+):
+    "How well a generated shape fits its prompt: ULIP-T, Uni3D-T, Uni3D-I as in papers, and by the model's contract."
+    if not list(texts) + list(images):
+        raise InputError("nothing to compare with: give --text or --image")
+    from cg3d.pretrained.score import PROTOCOLS
+    from cg3d.pretrained.score import score as compare
+
+    protocols = PROTOCOLS if protocol == "both" else [protocol]
+    table = compare(load_model(model, device, clip), shape, list(texts), list(images), protocols, seed)
+    rows = table.to_dict("records")
+    print_result({"model": model, "shape": shape, "scores": rows}, as_json, lambda: print_table(rows))
 
 # %% ../../nbs/cli/03_app.ipynb #c19
 PARAMETER_OPTIONS = ("-p", "--parameter")

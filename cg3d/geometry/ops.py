@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MISSING_COLOR', 'normalize', 'with_color', 'check_points', 'gather', 'define_operator', 'cuda_kernels',
-           'at_least_float32', 'random_uniform', 'random_normal', 'farthest_point_sample', 'knn', 'ball_query']
+           'at_least_float32', 'random_uniform', 'random_normal', 'farthest_point_sample', 'pointnet2_order', 'knn',
+           'ball_query']
 
 # %% ../../nbs/geometry/00_ops.ipynb #fde058a2
 import functools
@@ -199,11 +200,14 @@ def farthest_point_sample(
     generator: torch.Generator | None = None,  # given: each cloud starts at a random point instead
     skip_below: float
     | None = None,  # points with at most this squared norm are never chosen, as in `pointnet2_ops`
+    ties: str = "first",  # of equally far points: the first one, or "pointnet2", see `pointnet2_order`
 ) -> Tensor:  # indices into N, (B, k), int64
     """Iterative farthest point sampling (Eldar et al. 1997; PointNet++, arXiv:1706.02413).
 
-    Raises: InputError for a k or a start outside of the cloud."""
+    Raises: InputError for a k or a start outside of the cloud, and for another word for ties."""
     B, N = xyz.shape[:2]
+    if ties not in ("first", "pointnet2"):
+        raise InputError(f"ties={ties!r} is none of first, pointnet2", field="ties", value=ties)
     if not 1 <= k <= N:
         raise InputError(
             f"cannot take k={k} points from clouds of {N}; k must be in 1..{N}", field="k", value=k
@@ -214,7 +218,23 @@ def farthest_point_sample(
         first = torch.full((B, 1), start, device=xyz.device)
     else:
         first = (random_uniform((B, 1), generator, xyz.device) * N).long()
-    return torch.ops.cg3d.farthest_point_sample(xyz, first, k, skip_below)
+    if ties == "first":
+        return torch.ops.cg3d.farthest_point_sample(xyz, first, k, skip_below)
+    order = pointnet2_order(N).to(xyz.device)
+    skip_below = -1.0 if skip_below is None else skip_below  # -1 skips none and rules out other kernels' ties
+    return order[torch.ops.cg3d.farthest_point_sample(xyz[:, order], order.argsort()[first], k, skip_below)]
+
+# %% ../../nbs/geometry/00_ops.ipynb #fpsties2
+def pointnet2_order(
+    n: int,  # points of a cloud
+) -> Tensor:  # their indices, (n,), from most to least preferred
+    "The order in which the kernel of `pointnet2_ops` prefers points that are equally far."
+    bits = min(n.bit_length() - 1, 9)  # 512 threads at most
+    index = torch.arange(n)
+    reverse = torch.zeros_like(index)
+    for bit in range(bits):
+        reverse = 2 * reverse + (index >> bit & 1)
+    return (reverse * n + index).argsort()
 
 # %% ../../nbs/geometry/00_ops.ipynb #a0372397
 def _distance_chunks(query: Tensor, ref: Tensor, max_pairs: int | None) -> Iterator[Tensor]:

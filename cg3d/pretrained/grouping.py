@@ -54,9 +54,9 @@ def _without_tf32() -> Iterator[None]:
 
 
 def _search(
-    xyz: Tensor, groups: int, neighbors: int, radius: float | None, skip_below: float | None
+    xyz: Tensor, groups: int, neighbors: int, radius: float | None, skip_below: float | None, ties: str
 ) -> tuple[Tensor, Tensor]:
-    center = farthest_point_sample(xyz, groups, skip_below=skip_below)
+    center = farthest_point_sample(xyz, groups, skip_below=skip_below, ties=ties)
     with _without_tf32():
         around = [  # 8 distance tables at a time
             _neighbors(gather(cloud, index), cloud, neighbors, radius)
@@ -66,7 +66,7 @@ def _search(
 
 
 _published_groups = search_operator(
-    "published_groups(Tensor xyz, int groups, int neighbors, float? radius, float? skip_below) -> (Tensor, Tensor)",
+    "published_groups(Tensor xyz, int groups, int neighbors, float? radius, float? skip_below, str ties) -> (Tensor, Tensor)",
     _search,
 )
 
@@ -79,12 +79,14 @@ class Grouping:
     neighbors: int  # points a group
     radius: float | None = None  # of a ball query; None: the nearest points
     skip_below: float | None = None  # near-origin rule of the sampling, see `farthest_point_sample`
+    ties: str = "first"  # which of equally far points is taken: the first, or that of pointnet2's kernel
 
     def __call__(
         self,
         xyz: Tensor,  # (B, N, 3)
     ) -> tuple[Tensor, Tensor]:  # index of the centers (B, G), of their neighbors (B, G, k)
-        return _published_groups(xyz.detach(), self.groups, self.neighbors, self.radius, self.skip_below)
+        settings = (self.groups, self.neighbors, self.radius, self.skip_below, self.ties)
+        return _published_groups(xyz.detach(), *settings)
 
 # %% ../../nbs/pretrained/01_grouping.ipynb #5a12c24a
 class PointBERT(PointTransformer):
@@ -139,12 +141,13 @@ class RuledPointMLP(PointMLP):
         config: PointMLPConfig,
         skip_below: float | None = None,  # near-origin rule of the sampling
         hidden: tuple[int, int] | None = None,  # widths of ULIP's hidden layers; None: CG3D's head
+        ties: str = "first",  # which of equally far points is taken, see `Grouping`
     ):
         super().__init__(config)
-        self.skip_below, self.hidden = skip_below, hidden
+        self.skip_below, self.hidden, self.ties = skip_below, hidden, ties
         widths = [grouper.affine_alpha.shape[-1] for grouper in self.local_grouper_list]
         self.local_grouper_list = nn.ModuleList(
-            RuledGrouper(width, Grouping(anchors, config.neighbors, skip_below=skip_below))
+            RuledGrouper(width, Grouping(anchors, config.neighbors, skip_below=skip_below, ties=ties))
             for width, anchors in zip(widths, config.anchors)
         )
         if hidden is not None:
@@ -162,7 +165,7 @@ class RuledPointMLP(PointMLP):
             self.projection = nn.Linear(second, config.dim, bias=False)
 
     def fresh(self) -> "RuledPointMLP":
-        return RuledPointMLP(self.config, self.skip_below, self.hidden)
+        return RuledPointMLP(self.config, self.skip_below, self.hidden, self.ties)
 
     def encode(self, points: Tensor) -> Tensor:
         "(B, N, in_channels) to (B, dim)."

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..core.device import pick_device
 from ..core.errors import InputError, MissingFile
 from ..core.state_dict import Checkpoint, LoadReport, Source, fill, read_checkpoint, report, set_aside
-from ..geometry.ops import normalize, with_color
-from ..io.shape import Shape
+from ..geometry.ops import with_color
+from ..io.shape import TURN, Shape
 from ..models.cg3d import CG3D, CG3DConfig, device_beside
 from ..models.clip_backbone import Backbone, load_backbone
 from ..models.hub import check_repo, with_hub
@@ -30,7 +30,7 @@ from ..models.slip import UNUSED as SLIP_UNUSED
 from ..models.slip import as_backbone, build_slip, load_slip, slip_name
 from .grouping import Grouping, PointBERT, RuledPointMLP
 from .openshape import PPAT, PPATConfig
-from .specs import CONTRACTS, SCALINGS, Contract, sample_clouds
+from .specs import CONTRACTS, SCALINGS, Contract, fit_clouds
 from .uni3d import Uni3D, Uni3DConfig
 
 # %% ../../nbs/pretrained/04_loading.ipynb #b46c32aa
@@ -55,7 +55,8 @@ def _pointbert_network(
             s.size(f"{at}encoder.second_conv.0.weight", 0, 3),
         ),
     )
-    grouping = Grouping(contract.groups, contract.neighbors, contract.radius, contract.skip_below)
+    c = contract
+    grouping = Grouping(c.groups, c.neighbors, c.radius, c.skip_below, c.ties)
     with torch.device("meta"):
         return PointBERT(config, grouping, bias=not at)
 
@@ -80,7 +81,7 @@ def _pointmlp_network(s: Source, contract: Contract, at: str) -> RuledPointMLP:
         (s.size(f"{at}classifier.0.weight", 0, 2), s.size(f"{at}classifier.4.weight", 0, 2)) if at else None
     )
     with torch.device("meta"):
-        return RuledPointMLP(config, contract.skip_below, hidden)
+        return RuledPointMLP(config, contract.skip_below, hidden, contract.ties)
 
 # %% ../../nbs/pretrained/04_loading.ipynb #f4193d5b
 def _ppat_network(
@@ -102,7 +103,7 @@ def _ppat_network(
         radius=contract.radius,
     )
     with torch.device("meta"):
-        return PPAT(config, projected)
+        return PPAT(config, projected, contract.skip_below, contract.ties)
 
 
 def _uni3d_network(s: Source, contract: Contract, at: str = "point_encoder.") -> Uni3D:
@@ -129,7 +130,7 @@ def _uni3d_network(s: Source, contract: Contract, at: str = "point_encoder.") ->
         ),
     )
     with torch.device("meta"):
-        return Uni3D(config, contract.skip_below)
+        return Uni3D(config, contract.skip_below, contract.ties, contract.radius)
 
 # %% ../../nbs/pretrained/04_loading.ipynb #842ade92
 FAMILIES = ("cg3d", "ulip", "ulip2", "openshape", "uni3d")
@@ -150,7 +151,9 @@ def recognize(
         return "uni3d"
     if s.under("point_encoder.reduce_dim.") or s.under("point_encoder.local_grouper_list."):
         first = "point_encoder.encoder.first_conv.0.weight"
-        return "ulip2" if first in s and s.size(first, 1, 3) == 6 else "ulip"
+        colored = first in s and s.size(first, 1, 3) == 6
+        into_bigg = "pc_projection" in s and s["pc_projection"].shape[-1:] == (1280,)
+        return "ulip2" if colored or into_bigg else "ulip"
     if s.under("reduce_dim.") or s.under("local_grouper_list."):
         return "cg3d"
     if s.under("point_encoder.") or "pc_projection" in s:
@@ -189,7 +192,7 @@ def _contract(
     if family == "openshape":
         return _openshape_contract(s), ()
     if family == "ulip2":
-        return CONTRACTS["ulip2/pointbert"], ()
+        return _ulip2_contract(s)
     mlp = bool(s.under("local_grouper_list.") or s.under("point_encoder.local_grouper_list."))
     if family == "ulip":
         return CONTRACTS["ulip/pointmlp" if mlp else "ulip/pointbert"], ()
@@ -202,6 +205,19 @@ def _contract(
     return CONTRACTS[f"cg3d/{name}-1k"], (
         "1,024 points assumed: CG3D's files for 1,024 and 8,192 points hold the same tensors, and this file name does "
         "not say which it is (set points=8192)",
+    )
+
+
+def _ulip2_contract(s: Source) -> tuple[Contract, tuple[str, ...]]:
+    if s.size("point_encoder.encoder.first_conv.0.weight", 1, 3) == 6:
+        return CONTRACTS["ulip2/pointbert"], ()
+    contract = CONTRACTS["ulip2/pointbert-xyz"]
+    if re.search(r"(?<!\d)(8k|8192)(?!\d)", Path(s.path).stem.lower()):
+        return replace(contract, points=8192), ()
+    if re.search(r"(?<!\d)(10k|10000)(?!\d)", Path(s.path).stem.lower()):
+        return contract, ()
+    return contract, (
+        "10,000 points assumed: the file name does not say for how many points these weights were trained (set points=)",
     )
 
 
@@ -247,6 +263,11 @@ class PublishedEncoder(nn.Module):
         return self.network(self.contract.prepare(points))
 
 # %% ../../nbs/pretrained/04_loading.ipynb #d5a683a4
+def _points_as_read(shape: Shape) -> Tensor:  # (N, 3 or 6), y up
+    xyz = torch.from_numpy(shape.points @ TURN[shape.up].T)
+    return xyz if shape.colors is None else torch.cat([xyz, torch.from_numpy(shape.colors)], -1)
+
+
 class PublishedModel(CG3D):
     "A published 3D encoder with the image and text towers that it was trained against."
 
@@ -321,13 +342,8 @@ class PublishedModel(CG3D):
 
     def _prepare(self, clouds: list[Shape] | Tensor) -> Tensor:  # one batch -> what the encoder reads
         if isinstance(clouds, Tensor):
-            return with_color(sample_clouds(normalize(clouds.to(self.device)), self.contract))
-        return torch.cat(
-            [
-                with_color(sample_clouds(shape.cloud()[None].to(self.device), self.contract))
-                for shape in clouds
-            ]
-        )
+            return with_color(fit_clouds(clouds.to(self.device), self.contract))
+        return torch.cat([self._prepare(_points_as_read(shape)[None]) for shape in clouds])
 
     def save(self, folder: str | Path, half: bool = False) -> Path:
         "Raises InputError: a published model is its published file."
@@ -515,6 +531,8 @@ CHANGEABLE = (
     "skip_below",
     "swap_yz",
     "sampling",
+    "thin_first",
+    "ties",
 )  # fields of a contract that a caller may set
 
 
@@ -531,12 +549,14 @@ def load_published(
     clip_weights: str | None = None,  # their tag or file, for a name
     filename: str | None = None,  # which file of a hub repository or folder; None: model.pt
     device: str | torch.device | None = None,  # None: that of a given backbone, else CUDA if there, else CPU
-    **contract,  # other fields of the contract to change: groups, neighbors, radius, skip_below, swap_yz, sampling
+    strict: bool = True,  # False: tensors that no part of the model takes are set aside by name, not refused
+    **contract,  # other fields of the contract to change, see `CHANGEABLE`
 ) -> PublishedModel:  # in evaluation mode
     """Load published weights; every tensor is used or named in `.report`.
 
     Raises MissingFile if there is no such file, UnsafeFile if it would run code, InputError if it is damaged, of no
-    known family, or holds tensors that are unexpected, missing or of another shape.
+    known family, lacks tensors or holds some of another shape, holds unexpected ones with `strict`, or if a setting
+    has no meaning for its model.
     """
     unknown = sorted(set(contract) - set(CHANGEABLE))
     if unknown:
@@ -548,7 +568,19 @@ def load_published(
     device = pick_device(device)
     changes = contract | ({} if points is None else {"points": points})
     checkpoint = read_checkpoint(_find(path, filename))
-    return assemble(checkpoint, family, changes, clip, clip_weights).to(device).eval()
+    return assemble(checkpoint, family, changes, clip, clip_weights, strict).to(device).eval()
+
+
+def _changed(contract: Contract, changes: dict) -> Contract:
+    meaningless = [name for name in ("groups", "radius") if name in changes and contract.groups is None]
+    if meaningless and contract.position == "none":
+        raise InputError(
+            f"{contract.model} has no {meaningless[0]}: its anchors are 512, 256, 128 and 64 for every cloud, with the "
+            "nearest points around each. Leave the setting out",
+            field=meaningless[0],
+            value=changes[meaningless[0]],
+        )
+    return replace(contract, **changes)
 
 
 def assemble(
@@ -557,12 +589,13 @@ def assemble(
     changes: dict | None = None,  # fields of the contract to change
     clip: str | Path | Backbone | None = None,
     clip_weights: str | None = None,
+    strict: bool = True,
 ) -> PublishedModel:
     "`load_published` for a file that is already read."
     s = Source(checkpoint)
     s.family = family = _checked_family(s, family)
     contract, notes = _contract(s, family)
-    contract = replace(contract, **(changes or {}))
+    contract = _changed(contract, changes or {})
     if "points" in (changes or {}):
         notes = ()
     if family == "openshape" and contract.groups is None:
@@ -575,6 +608,9 @@ def assemble(
     towers, prompts, others, missing = _towers(s, family, clip, clip_weights)
     scale = _scale(s)
     set_aside(s, UNUSED[family] + _TRAINING)
+    if not strict:
+        for source in (s, *others):
+            set_aside(source, [("", "unexpected, set aside by strict=False")])
     done = report([s, *others], notes)
     return PublishedModel(encoder, done, towers, prompts, scale, missing)
 

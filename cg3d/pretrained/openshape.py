@@ -117,10 +117,15 @@ class Layers(nn.Module):
 class PointPatchTransformer(nn.Module):
     "The network without its projection: (B, N, in_channels) to the class token (B, width)."
 
-    def __init__(self, config: PPATConfig):
+    def __init__(
+        self,
+        config: PPATConfig,
+        skip_below: float | None = None,  # near-origin rule of the sampling
+        ties: str = "first",  # which of equally far points is taken, see `Grouping`
+    ):
         super().__init__()
         c = config
-        self.grouping = Grouping(c.groups, c.neighbors, radius=c.radius)
+        self.grouping = Grouping(c.groups, c.neighbors, c.radius, skip_below, ties)
         self.sa = BallReader(3 + c.in_channels, (*c.patch_hidden, c.patch_width))
         self.lift = nn.Sequential(
             nn.Conv1d(3 + c.patch_width, c.width, 1), nn.Identity(), nn.LayerNorm(c.width)
@@ -157,15 +162,18 @@ class PPAT(PointEncoder):
         self,
         config: PPATConfig,
         projected: bool = True,  # False: the class token itself, as in OpenShape's B/32 file
+        skip_below: float | None = None,  # near-origin rule of the sampling
+        ties: str = "first",  # which of equally far points is taken, see `Grouping`
     ):
         if not projected and config.dim != config.width:
             raise InputError(f"without a projection dim is the width, {config.width}, not {config.dim}")
         super().__init__(config, min_points=max(config.groups, config.neighbors))
-        self.ppat = PointPatchTransformer(config)
+        self.ppat = PointPatchTransformer(config, skip_below, ties)
         self.proj = nn.Linear(config.width, config.dim) if projected else nn.Identity()
 
     def fresh(self) -> "PPAT":
-        return PPAT(self.config, isinstance(self.proj, nn.Linear))
+        rule = self.ppat.grouping
+        return PPAT(self.config, isinstance(self.proj, nn.Linear), rule.skip_below, rule.ties)
 
     def encode(self, points: Tensor) -> Tensor:
         "(B, N, in_channels) to (B, dim)."

@@ -135,10 +135,12 @@ class Uni3D(PointEncoder):
         self,
         config: Uni3DConfig,
         skip_below: float | None = 1e-3,  # near-origin rule of the sampling
+        ties: str = "pointnet2",  # which of equally far points is taken, see `Grouping`
+        radius: float | None = None,  # of a ball query; None: the nearest points, as published
     ):
         c = config
         super().__init__(c, min_points=max(c.groups, c.neighbors))
-        self.grouping = Grouping(c.groups, c.neighbors, skip_below=skip_below)
+        self.grouping = Grouping(c.groups, c.neighbors, radius, skip_below, ties)
         self.encoder = PatchEmbed(c.in_channels, c.patch_hidden, c.patch_width)
         self.encoder2trans = nn.Linear(c.patch_width, c.width)
         self.trans2embed = nn.Linear(c.width, c.dim)
@@ -148,7 +150,8 @@ class Uni3D(PointEncoder):
         self.visual = PlainViT(c)
 
     def fresh(self) -> "Uni3D":
-        return Uni3D(self.config, self.grouping.skip_below)
+        rule = self.grouping
+        return Uni3D(self.config, rule.skip_below, rule.ties, rule.radius)
 
     def tokens(
         self,
