@@ -92,9 +92,7 @@ def train(folder: Path) -> list[float]:
         )
         table = pretrain(config, folder / schedule, progress=False)
         assert len(table) and (folder / schedule / "results.csv").is_file()
-        losses.append(
-            round(float(pd.read_json(folder / schedule / "log.jsonl", lines=True)["loss"].iloc[-1]), 3)
-        )
+        losses.append(round(float(pd.read_csv(folder / schedule / "metrics.csv")["loss"].iloc[-1]), 3))
     model = cg3d.load(folder / "joint", device="cpu")
     assert abs(model.encode_text("a chair").norm().item() - 1) < 1e-5
     return losses
