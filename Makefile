@@ -2,12 +2,13 @@
 #   make train   set up, then CG3D's pre-training on the bundled set
 #   make test    set up, then the whole gate: exported code, formatting, import direction, docs, notebooks, pytest
 #   make docs    the documentation site in _docs/site (offline)
+#   make matrix  the core with several versions of torch, each in an environment of its own (downloads gigabytes)
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: env train test check style docs data lock audit clean
+.PHONY: env train test check style docs matrix data lock audit clean
 
 env: $(BIN)/.ready
 
@@ -39,6 +40,9 @@ docs: env
 test: check style docs
 	cd nbs && ../$(BIN)/nbdev_test --path . --file_re '^[0-9]' --n_workers 2 --pause 0.5 --timing
 	$(BIN)/python -m pytest tests -q
+
+matrix: env
+	$(BIN)/python tests/matrix.py
 
 data: env
 	$(BIN)/python recipes/nano/build_furniture.py --out data

@@ -10,7 +10,7 @@ config.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 extras = {
     name: cfg[f"{name}_requirements"].split()
-    for name in ("notebooks", "search", "scale", "track", "data", "formats", "umap")
+    for name in ("render", "notebooks", "search", "scale", "track", "data", "formats", "umap")
 }
 inside = {"cg3d._data": "data", "cg3d.nbs": "nbs", "cg3d.recipes": "recipes"}
 

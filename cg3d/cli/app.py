@@ -33,7 +33,7 @@ from cg3d.cli.console import (
     progress_bar,
     report_problems,
 )
-from ..core.errors import InputError, MissingFile, PathTaken
+from ..core.errors import InputError, MissingFile, MissingPackage, PathTaken
 
 # %% ../../nbs/cli/03_app.ipynb #c05
 app = typer.Typer(
@@ -209,13 +209,13 @@ def shape_views(
     up: str,  # y, z or "": that of the format
     max_mb: float,  # size limit of the file, megabytes
 ):  # Tensor, (V, 3, size, size), in [0, 1]
-    """Views of the surface of a mesh, or of the points of a cloud.
+    """Views of the surface of a mesh, or of the points of a cloud; of points where PyTorch3D is missing.
 
     Raises:
         InputError: the file is larger than the limit, cannot be read, or its surface cannot be drawn.
     """
     from cg3d.io.read import FORMAT_BY_SUFFIX, read_mesh
-    from cg3d.render.mesh import render_mesh
+    from cg3d.render.mesh import load_pytorch3d, render_mesh
     from cg3d.render.points import render_points
     from cg3d.search.batch_embed import check_size
 
@@ -225,9 +225,15 @@ def shape_views(
         mesh = read_mesh(path)
         for text in mesh.warnings:
             print_note(f"{path}: {text}")
-        if mesh.face_count:
-            return render_mesh(mesh, *cameras, size=size, up=up or None)[0]
-        print_note(f"{path}: no faces in it, its points are drawn")
+        if not mesh.face_count:
+            print_note(f"{path}: no faces in it, its points are drawn")
+        else:
+            try:
+                load_pytorch3d()
+            except MissingPackage as error:
+                print_note(f"{path}: its points are drawn, not its surface: {error}")
+            else:
+                return render_mesh(mesh, *cameras, size=size, up=up or None)[0]
     return render_points(source.read(0).cloud()[None], *cameras, size=size)[0]
 
 

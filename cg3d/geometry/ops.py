@@ -117,7 +117,7 @@ def define_operator(
 def _pytorch3d() -> ModuleType | None:
     try:
         from pytorch3d import ops
-    except ImportError:  # not installed, or built for another torch
+    except (ImportError, OSError):  # not installed, built for another torch, or without its CUDA libraries
         return None
     return ops
 

@@ -5,8 +5,8 @@
 # %% ../../nbs/render/00_cameras.ipynb #c02
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,11 +15,8 @@ from torch import Tensor
 from ..core.config import Range, check_settings
 from ..core.errors import InputError
 
-if TYPE_CHECKING:
-    from pytorch3d.renderer import FoVPerspectiveCameras
-
 # %% auto #0
-__all__ = ['POSITIVE', 'ViewSettings', 'ring_views', 'random_views', 'broadcast_angles', 'cameras']
+__all__ = ['POSITIVE', 'ViewSettings', 'ring_views', 'random_views', 'broadcast_angles', 'Cameras', 'cameras']
 
 # %% ../../nbs/render/00_cameras.ipynb #c05
 POSITIVE = Range(0, None, open_low=True)
@@ -116,14 +113,54 @@ def broadcast_angles(
     return azimuth.expand(batch, -1), elevation.expand(batch, -1)
 
 # %% ../../nbs/render/00_cameras.ipynb #c10
+@dataclass(frozen=True)
+class Cameras:
+    "Pinhole cameras that look at the origin. View coordinates: x left, y up, z into the picture."
+
+    axes: Tensor  # (M, 3, 3); the columns are the view axes in world coordinates
+    distance: float  # to the origin, world units
+    fov: float  # vertical field of view, degrees
+
+    @property
+    def focal(self) -> float:
+        "Focal length in units of half the picture."
+        return 1 / math.tan(math.radians(self.fov / 2))
+
+    def turn(
+        self,
+        vectors: Tensor,  # directions in world coordinates, (M, N, 3)
+    ) -> Tensor:  # the same in view coordinates, (M, N, 3)
+        "Directions as the camera sees them."
+        x, y, z = self.axes[:, None].unbind(-2)
+        return vectors[..., :1] * x + vectors[..., 1:2] * y + vectors[..., 2:] * z
+
+    def to_view(
+        self,
+        xyz: Tensor,  # places in world coordinates, (M, N, 3)
+    ) -> Tensor:  # the same in view coordinates, (M, N, 3)
+        "Places as the camera sees them."
+        x, y, z = self.turn(xyz).unbind(-1)
+        return torch.stack([x, y, z + self.distance], -1)
+
+    def to_picture(
+        self,
+        seen: Tensor,  # places in view coordinates, (M, N, 3)
+    ) -> Tensor:  # (M, N, 3): x left and y up, in [-1, 1] within the picture; z = depth
+        "Perspective projection."
+        depth = seen[..., 2:]
+        return torch.cat([self.focal * seen[..., :2] / depth, depth], -1)
+
+
 def cameras(
     azimuth: Tensor,  # (M,), degrees
     elevation: Tensor,  # (M,), degrees
     settings: ViewSettings,  # distance and fov are used
-) -> FoVPerspectiveCameras:  # M PyTorch3D cameras: x left, y up, z into the picture
-    "PyTorch3D cameras that look at the origin, on the device of the angles."
-    from pytorch3d.renderer import FoVPerspectiveCameras, look_at_view_transform
-
-    device = azimuth.device
-    rotation, shift = look_at_view_transform(settings.distance, elevation, azimuth, device=device)
-    return FoVPerspectiveCameras(R=rotation, T=shift, fov=settings.fov, device=device)
+) -> Cameras:  # M cameras
+    "Cameras that look at the origin, on the device of the angles; placed as by PyTorch3D's `look_at_view_transform`."
+    azimuth, elevation = torch.deg2rad(azimuth), torch.deg2rad(elevation)
+    side, ahead, up, level = azimuth.sin(), azimuth.cos(), elevation.sin(), elevation.cos()
+    upright = torch.where(level < 0, -1.0, 1.0)  # beyond the pole the picture is turned, so that +y stays up
+    left = torch.stack([-ahead, torch.zeros_like(up), side], -1) * upright[:, None]
+    top = torch.stack([-up * side, level, -up * ahead], -1) * upright[:, None]
+    forward = -torch.stack([level * side, up, level * ahead], -1)
+    return Cameras(torch.stack([left, top, forward], -1), settings.distance, settings.fov)

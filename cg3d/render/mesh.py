@@ -6,29 +6,52 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.errors import InputError
+from ..core.errors import InputError, MissingPackage
 from ..geometry.ops import MISSING_COLOR
 from ..io.color import surface_colors
 from ..io.mesh import Mesh, double_areas, from_trimesh
 from ..io.read import read_mesh
 from ..io.shape import TURN
-from .cameras import ViewSettings, broadcast_angles, cameras, ring_views
+from .cameras import Cameras, ViewSettings, broadcast_angles, cameras, ring_views
 from .points import render_points, shade
 
 if TYPE_CHECKING:
+    from pytorch3d.renderer import FoVPerspectiveCameras
     from pytorch3d.structures import Meshes
 
 # %% auto #0
-__all__ = ['as_mesh', 'unit_mesh', 'render_mesh']
+__all__ = ['load_pytorch3d', 'as_mesh', 'unit_mesh', 'render_mesh']
 
 # %% ../../nbs/render/02_mesh.ipynb #c36
+def load_pytorch3d() -> tuple[ModuleType, ModuleType]:  # pytorch3d.renderer and pytorch3d.structures
+    "PyTorch3D's rasterizer. Raises `MissingPackage` where it is not installed or does not load."
+    try:
+        from pytorch3d import renderer, structures
+    except (ImportError, OSError) as error:  # OSError: a shared library cannot be opened
+        installed = find_spec("pytorch3d") is not None
+        reason = (
+            f"which does not load with torch {torch.__version__} ({error})"
+            if installed
+            else "which is missing"
+        )
+        raise MissingPackage(
+            f"pictures of surfaces need PyTorch3D, {reason}; pip install 'cg3d[render]', or draw points with "
+            "render_points",
+            value="pytorch3d",
+            remedy="pip install 'cg3d[render]'",
+        ) from error
+    return renderer, structures
+
+
 def as_mesh(
     mesh: Any,  # path, Mesh, trimesh.Trimesh or trimesh.Scene
 ) -> Mesh:
@@ -88,41 +111,47 @@ def render_mesh(
     settings: ViewSettings = ViewSettings(),  # camera and light
     up: str | None = None,  # up axis, y or z; None: as the file states, else y (Meshes are taken as they are)
     smooth: int = 2,  # pixels are averaged from smooth x smooth samples
-) -> Tensor:  # views, (1, V, 3, size, size), [0, 1], white ground
+) -> Tensor:  # views, (1, V, 3, size, size), [0, 1], white ground; on the device of Meshes, else on the CPU
     """Views of one mesh, cameras and light as in `render_points`; transparency is drawn opaque.
 
-    Raises `InputError` for a mesh without triangles, `KindError` for an object that is no mesh."""
-    from pytorch3d.renderer import MeshRasterizer, RasterizationSettings
-    from pytorch3d.structures import Meshes
-
+    Raises `InputError` for a mesh without triangles, `KindError` for an object that is no mesh, `MissingPackage`
+    without PyTorch3D."""
+    renderer, structures = load_pytorch3d()
     size = size or settings.size
-    azimuth, elevation = broadcast_angles(azimuth, elevation, 1, "cpu")
-    if isinstance(mesh, Meshes):
+    if isinstance(mesh, structures.Meshes):
         placed, solid = None, _checked_meshes(mesh)
         triangles = mesh.verts_packed()[mesh.faces_packed()]
     else:
         placed = unit_mesh(as_mesh(mesh), up)
         corners = [surface.vertices[surface.faces] for surface in placed.surfaces]
         triangles = torch.from_numpy(np.concatenate(corners)).float()
-        solid = Meshes([triangles.reshape(-1, 3)], [torch.arange(3 * len(triangles)).view(-1, 3)])
+        solid = structures.Meshes([triangles.reshape(-1, 3)], [torch.arange(3 * len(triangles)).view(-1, 3)])
     normals = torch.linalg.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
-    raster = RasterizationSettings(image_size=size * smooth, faces_per_pixel=1, bin_size=0)
+    azimuth, elevation = broadcast_angles(azimuth, elevation, 1, triangles.device)
+    raster = renderer.RasterizationSettings(image_size=size * smooth, faces_per_pixel=1, bin_size=0)
     views = []
-    for camera in cameras(azimuth[0], elevation[0], settings):
-        found = MeshRasterizer(camera, raster)(solid)
+    for angles in zip(azimuth[0].split(1), elevation[0].split(1)):
+        viewpoint = cameras(*angles, settings)
+        found = renderer.MeshRasterizer(_pytorch3d_camera(renderer, viewpoint), raster)(solid)
         hit = found.pix_to_face[0, ..., 0] >= 0
         face, barycentric = found.pix_to_face[0, ..., 0][hit], found.bary_coords[0, ..., 0, :][hit]
         if placed is None:
             colors = mesh.sample_textures(found)[0, ..., 0, :3][hit]
         else:
             colors = _hit_colors(placed, face, barycentric)
-        to_view = camera.get_world_to_view_transform()
-        place = to_view.transform_points((triangles[face] * barycentric[..., None]).sum(1))
-        facing = to_view.transform_normals(torch.nn.functional.normalize(normals[face], dim=-1))
-        picture = torch.ones(size * smooth, size * smooth, 3)
+        place = viewpoint.to_view((triangles[face] * barycentric[..., None]).sum(1)[None])[0]
+        facing = viewpoint.turn(torch.nn.functional.normalize(normals[face], dim=-1)[None])[0]
+        picture = torch.ones(size * smooth, size * smooth, 3, device=triangles.device)
         picture[hit] = (colors * shade(facing, place, settings)[..., None]).clamp(0, 1)
         views.append(torch.nn.functional.avg_pool2d(picture.permute(2, 0, 1), smooth))
     return torch.stack(views)[None]
+
+
+def _pytorch3d_camera(renderer: ModuleType, viewpoint: Cameras) -> FoVPerspectiveCameras:
+    shift = viewpoint.axes.new_tensor([[0.0, 0.0, viewpoint.distance]])
+    return renderer.FoVPerspectiveCameras(
+        R=viewpoint.axes, T=shift, fov=viewpoint.fov, device=viewpoint.axes.device
+    )
 
 
 def _checked_meshes(meshes: Meshes) -> Meshes:

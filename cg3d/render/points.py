@@ -5,19 +5,19 @@
 # %% ../../nbs/render/01_points.ipynb #impc02
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..geometry.ops import check_points, knn, with_color
-from .cameras import ViewSettings, broadcast_angles, cameras
+from .cameras import Cameras, ViewSettings, broadcast_angles, cameras
 
 # %% auto #0
-__all__ = ['VIEWS_AT_ONCE', 'VIEWS_AT_ONCE_ELSEWHERE', 'neighbors', 'splat_radius', 'surface_normals', 'shade', 'splat',
-           'composite', 'render_points']
+__all__ = ['EPSILON', 'PAIRS_AT_ONCE', 'NO_DISC', 'PIXELS_AT_ONCE', 'PIXELS_AT_ONCE_ELSEWHERE', 'neighbors', 'splat_radius',
+           'least_eigenvector', 'surface_normals', 'shade', 'splat', 'composite', 'render_points']
 
 # %% ../../nbs/render/01_points.ipynb #c14
 def neighbors(
@@ -45,20 +45,76 @@ def splat_radius(
     return (settings.splat * near.mean(-1)).clamp(settings.min_radius, settings.max_radius)
 
 # %% ../../nbs/render/01_points.ipynb #c17
+EPSILON = torch.finfo(torch.float32).eps
+
+
+def _sign(values: Tensor) -> Tensor:  # 1 for positive values, -1 for others
+    return torch.where(values > 0, 1.0, -1.0)
+
+
+def _eigenvalues(matrix: Tensor) -> Tensor:  # ascending, (..., 3)
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1)
+    outside = (matrix.square().sum((-1, -2)) - diagonal.square().sum(-1)) / 2  # of the diagonal, squared
+    scale = (((diagonal - mean[..., None]).square().sum(-1) + 2 * outside.clamp(min=EPSILON)) / 6).sqrt()
+    a, b, c = (
+        (matrix - torch.diag_embed(mean[..., None].expand_as(diagonal))) / scale[..., None, None]
+    ).unbind(-2)
+    half_determinant = (a * torch.linalg.cross(b, c)).sum(-1) / 2
+    angle = half_determinant.clamp(EPSILON - 1, 1 - EPSILON).acos() / 3
+    high = mean + 2 * scale * angle.cos()
+    low = mean + 2 * scale * (angle + 2 * torch.pi / 3).cos()
+    values = torch.stack([low, 3 * mean - low - high, high], -1)
+    is_diagonal = torch.exp(-(outside / (6 * EPSILON)).square())[..., None]  # near 1 for a diagonal matrix
+    return is_diagonal * diagonal.sort(-1).values + (1 - is_diagonal) * values
+
+
+def _shifted(matrix: Tensor, value: Tensor) -> Tensor:
+    return matrix - torch.diag_embed(value[..., None].expand(*value.shape, 3))
+
+
+def _null_vector(matrix: Tensor) -> Tensor:  # of a matrix of rank 2, (..., 3)
+    a, b, c = matrix.unbind(-2)
+    products = torch.stack([torch.linalg.cross(a, b), torch.linalg.cross(b, c), torch.linalg.cross(a, c)], -2)
+    products = products + EPSILON * _sign(products[..., :1, :])
+    longest = products.square().sum(-1).argmax(-1)[..., None, None].expand(*matrix.shape[:-2], 1, 3)
+    return F.normalize(products.gather(-2, longest).squeeze(-2), dim=-1)
+
+
+def _second_vector(matrix: Tensor, first: Tensor) -> Tensor:  # null vector orthogonal to `first`, (..., 3)
+    axis = F.one_hot(first.abs().argmin(-1), 3).to(first)
+    u = F.normalize(torch.linalg.cross(axis, first), dim=-1)
+    v = torch.linalg.cross(first, u)
+    plane = torch.stack([u, v], -2)
+    a, b = (plane @ matrix @ plane.mT).unbind(-2)
+    row = a + _sign((a * b).sum(-1, keepdim=True)) * b
+    row = F.normalize(row + EPSILON * _sign(row[..., :1]), dim=-1)
+    return row[..., 1:] * u - row[..., :1] * v
+
+
+def least_eigenvector(
+    matrix: Tensor,  # symmetric, (..., 3, 3)
+) -> Tensor:  # unit vectors of arbitrary sign, (..., 3)
+    "Eigenvector of the smallest eigenvalue, regularized as by PyTorch3D's `symeig3x3`."
+    low, middle, high = _eigenvalues(matrix).unbind(-1)
+    from_low = _null_vector(_shifted(matrix, low))
+    top = _null_vector(_shifted(matrix, high))
+    from_high = torch.linalg.cross(top, _second_vector(_shifted(matrix, middle), top))
+    return torch.where((middle - low > high - middle)[..., None], from_low, from_high)
+
+
 def surface_normals(
     xyz: Tensor,  # points, (B, N, 3)
     near: Tensor,  # neighbor indices, (B, N, k), self first
     settings: ViewSettings,
 ) -> Tensor:  # unit normals of arbitrary sign, (B, N, 3)
-    "Normals by principal components of each neighborhood, solved as `pytorch3d.ops.estimate_pointcloud_normals` does."
-    from pytorch3d.common.workaround import symeig3x3
-
+    "Normals by principal components of each neighborhood, as PyTorch3D's `estimate_pointcloud_normals` gives them."
     batch, _, k = near.shape
     centered = (xyz - xyz.mean(1, keepdim=True)) * settings.normal_scale
     patch = centered.gather(1, near.reshape(batch, -1, 1).expand(-1, -1, 3)).view(batch, -1, k, 3)
     spread = patch - patch.mean(2, keepdim=True)
     covariance = (spread[..., :, None] * spread[..., None, :]).mean(2)
-    return symeig3x3(covariance, eigenvectors=True)[1][..., 0]
+    return least_eigenvector(covariance)
 
 # %% ../../nbs/render/01_points.ipynb #c21
 def shade(
@@ -70,37 +126,65 @@ def shade(
     to_camera = -position / position.norm(dim=-1, keepdim=True)
     facing = (normals * to_camera).sum(-1, keepdim=True)
     normals = torch.where(facing < 0, -normals, normals)
-    light = torch.nn.functional.normalize(torch.tensor(settings.key_direction, device=normals.device), dim=0)
-    key = (normals * light).sum(-1).clamp(min=0)
+    length = sum(value * value for value in settings.key_direction) ** 0.5
+    x, y, z = (value / length for value in settings.key_direction)
+    key = (normals[..., 0] * x + normals[..., 1] * y + normals[..., 2] * z).clamp(min=0)
     return settings.ambient + settings.key * key + settings.head * facing[..., 0].abs()
 
 # %% ../../nbs/render/01_points.ipynb #c24
+PAIRS_AT_ONCE = 2**23  # of a disc and a pixel; 40 bytes each while they are searched
+NO_DISC = torch.iinfo(torch.int64).max
+
+
+def _span(
+    center: Tensor, half: Tensor, size: int
+) -> tuple[Tensor, Tensor]:  # first pixel and how many, int64
+    "Pixels whose centers lie between center - half and center + half; axes point left and up, pixels right and down."
+    low = ((1 - center - half) * (size / 2) - 0.5).ceil().clamp(0, size)
+    high = ((1 - center + half) * (size / 2) - 0.5).floor().clamp(-1, size - 1)
+    return low.long(), (high - low + 1).clamp(min=0).long()
+
+
+def _runs(count: Tensor) -> tuple[Tensor, Tensor]:  # number of the run, place within it; both (count.sum(),)
+    "Runs of the given lengths, one after the other."
+    ends = count.cumsum(0)
+    run = torch.repeat_interleave(count, output_size=int(count.sum()))
+    return run, torch.arange(len(run), device=run.device) - (ends - count).index_select(0, run)
+
+
 def _cover(
     ndc: Tensor,  # as for `splat`
     radius: Tensor,
     size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # disc, row, column, squared distance to its center; each (P,)
+    first: int,  # discs first to last - 1 of the batch
+    last: int,
+) -> tuple[Tensor, Tensor]:  # pixel in the batch, depth and disc as one number; both (P,)
     "All pairs of a disc and a pixel whose center it covers."
-    first, length = [], []
-    for center in (ndc[..., 1].flatten(), ndc[..., 0].flatten()):  # rows, then columns
-        low = ((1 - center - radius.flatten()) * size / 2 - 0.501).ceil().clamp(0, size - 1).long()
-        high = ((1 - center + radius.flatten()) * size / 2 - 0.499).floor().clamp(0, size - 1).long()
-        first.append(low)
-        length.append((high - low + 1).clamp(min=0))
-    height, width = length
-    count = height * width * (ndc[..., 2].flatten() >= 0)  # pixels in the bounding box of each disc
-    disc = torch.repeat_interleave(count)
-    step = torch.arange(len(disc), device=disc.device) - (count.cumsum(0) - count)[disc]
-    down = torch.div(step, width[disc], rounding_mode="floor")
-    row = first[0][disc] + down
-    column = first[1][disc] + step - down * width[disc]
-    steps = torch.arange(size - 1, -1, -1, device=disc.device).float()
-    center = -1 + (2 * steps + 1) / size  # of each pixel, in NDC
-    across = center[column] - ndc[..., 0].flatten()[disc]
-    along = center[row] - ndc[..., 1].flatten()[disc]
-    distance = across**2 + along**2
-    inside = distance < (radius * radius).flatten()[disc]
-    return disc[inside], row[inside], column[inside], distance[inside]
+    x, y, depth = ndc.reshape(-1, 3)[first:last].unbind(-1)
+    radius = radius.flatten()[first:last]
+    top, count = _span(y, radius, size)
+    disc, row = _runs(count * (depth > 0))  # a row of pixels that a disc crosses
+    row = row + top.index_select(0, disc)
+    up = (1 - (2 * row + 1) / size) - y.index_select(0, disc)  # of the row, from the center of the disc
+    half = ((radius * radius).index_select(0, disc) - up * up).clamp(min=0).sqrt()
+    left, count = _span(x.index_select(0, disc), half, size)
+    chord, column = _runs(count)
+    view = torch.div(disc + first, ndc.shape[1], rounding_mode="floor")
+    pixel = ((view * size + row) * size + left).index_select(0, chord) + column
+    key = (depth.view(torch.int32).long() << 32).index_select(0, disc) | (disc + first)
+    return pixel, key.index_select(0, chord)
+
+
+def _parts(radius: Tensor, size: int) -> list[tuple[int, int]]:  # first and last disc of each
+    "Discs that together cover at most `PAIRS_AT_ONCE` pixels."
+    area = (radius.flatten() * size + 1).clamp(0, size).square().long()
+    ends = area.cumsum(0)
+    total = int(ends[-1])
+    cuts = []
+    if total > PAIRS_AT_ONCE:
+        limits = torch.arange(PAIRS_AT_ONCE, total, PAIRS_AT_ONCE, device=ends.device)
+        cuts = sorted({*torch.searchsorted(ends, limits).tolist()} - {0})
+    return list(zip([0, *cuts], [*cuts, len(ends)]))
 
 
 def splat(
@@ -109,25 +193,32 @@ def splat(
     size: int,  # picture size, pixels
     k: int,  # discs kept a pixel
 ) -> tuple[Tensor, Tensor, Tensor]:  # point index in the batch, depth, squared distance to the disc's center
-    "Rasterize discs by one sort. The results are (M, size, size, k), -1 for none, as PyTorch3D's `rasterize_points`."
-    disc, row, column, distance = _cover(ndc, radius, size)
-    depth = ndc[..., 2].flatten()[disc]
-    pixel = (disc // ndc.shape[1] * size + row) * size + column
-    order = ((pixel << 32) | depth.view(torch.int32).long()).argsort()  # a positive float sorts like its bits
-    pixel = pixel[order]
-    position = torch.arange(len(pixel), device=pixel.device)
-    starts = torch.ones_like(pixel, dtype=torch.bool)  # where a pixel's discs begin
-    starts[1:] = pixel[1:] != pixel[:-1]
-    rank = position - torch.where(starts, position, 0).cummax(0).values if len(pixel) else position
-    selected = rank < k
-    slot, order = (pixel * k + rank)[selected], order[selected]
-    shape = (len(ndc), size, size, k)
-
-    def table(values: Tensor) -> Tensor:
-        empty = torch.full((math.prod(shape),), -1, dtype=values.dtype, device=values.device)
-        return empty.index_put_((slot,), values[order]).view(shape)
-
-    return table(disc), table(depth), table(distance)
+    "Rasterize discs. The results are (M, size, size, k), -1 for none, as PyTorch3D's `rasterize_points`."
+    device, pixels = ndc.device, len(ndc) * size * size
+    table = torch.empty(0, dtype=torch.int64, device=device)
+    for first, last in _parts(radius, size):
+        pixel, key = _cover(ndc, radius, size, first, last)
+        if len(table):
+            pixel = torch.cat([pixel, torch.arange(pixels * k, device=device) // k])
+            key = torch.cat([key, table])
+        fronts = []
+        for _ in range(k):
+            front = torch.full((pixels,), NO_DISC, device=device).scatter_reduce(0, pixel, key, "amin")
+            fronts.append(front)
+            key = torch.where(key > front.index_select(0, pixel), key, NO_DISC)
+        table = torch.stack(fronts, -1).flatten()
+    key = table.view(len(ndc), size, size, k)
+    index, depth = key & (2**32 - 1), (key >> 32).int().view(torch.float32)
+    covered = key != NO_DISC
+    index = torch.where(covered, index, 0)
+    x, y = F.embedding(index, ndc[..., :2].reshape(-1, 2)).unbind(-1)
+    center = 1 - (2 * torch.arange(size, device=device) + 1) / size  # of each row and column
+    distance = (center[:, None] - x).square() + (center[:, None, None] - y).square()
+    return (
+        torch.where(covered, index, -1),
+        torch.where(covered, depth, -1.0),
+        torch.where(covered, distance, -1.0),
+    )
 
 # %% ../../nbs/render/01_points.ipynb #c27
 def composite(
@@ -139,16 +230,17 @@ def composite(
     "Blend the discs of each pixel by nearness to their centers and to the front."
     index, depth, distance = discs
     covered = index >= 0
-    index = index.clamp(min=0)
-    weight = (1 - distance / radius.flatten()[index] ** 2).clamp(0, 1) * covered
+    values = torch.cat([colors, radius[..., None]], -1).reshape(-1, 4)
+    values = F.embedding(index.clamp(min=0), values)  # color and radius of each disc, (M, S, S, k, 4)
+    weight = (1 - distance / values[..., 3].square()).clamp(0, 1) * covered
     weight = weight * torch.exp(-((depth - depth[..., :1]) / softness).clamp(min=0))
     total = weight.sum(-1, keepdim=True).clamp(min=1e-6)
-    picture = (colors.reshape(-1, 3)[index] * weight[..., None]).sum(-2) / total
+    picture = (values[..., :3] * weight[..., None]).sum(-2) / total
     return torch.where(covered[..., :1], picture, torch.ones_like(picture)).permute(0, 3, 1, 2)
 
 # %% ../../nbs/render/01_points.ipynb #c28
-VIEWS_AT_ONCE = {"cpu": 4}  # by device type
-VIEWS_AT_ONCE_ELSEWHERE = 64
+PIXELS_AT_ONCE = {"cpu": 4 * 128**2}  # of all views rasterized together, by device type
+PIXELS_AT_ONCE_ELSEWHERE = 128 * 128**2
 
 
 @torch.no_grad()
@@ -158,13 +250,14 @@ def render_points(
     elevation: Tensor | float,  # same shape, degrees
     size: int | None = None,  # picture size, pixels; None takes the settings'
     settings: ViewSettings = ViewSettings(),  # how the views look
-    chunk: int | None = None,  # views rasterized at once; None: 4 on a CPU, 64 elsewhere
+    chunk: int | None = None,  # views rasterized at once; None: as many as `PIXELS_AT_ONCE` allows
 ) -> Tensor:  # views, (B, V, 3, size, size), [0, 1], white background, on the device of the points
     "Shaded splat views of colored clouds. Raises KindError or InputError for points or angles of another form."
     check_points(points)
     settings = replace(settings, size=size) if size is not None else settings
     device = points.device
-    chunk = chunk or VIEWS_AT_ONCE.get(device.type, VIEWS_AT_ONCE_ELSEWHERE)
+    limit = PIXELS_AT_ONCE.get(device.type, PIXELS_AT_ONCE_ELSEWHERE)
+    chunk = chunk or max(1, limit // max(settings.size**2, points.shape[1]))
     points = with_color(points).float()
     azimuth, elevation = broadcast_angles(azimuth, elevation, len(points), device)
     xyz = points[..., :3].contiguous()
@@ -175,27 +268,24 @@ def render_points(
     shape = torch.arange(len(points), device=device).repeat_interleave(azimuth.shape[1])
     parts = zip(shape.split(chunk), azimuth.flatten().split(chunk), elevation.flatten().split(chunk))
     views = [
-        _points_views(xyz[s], points[s, :, 3:], normals[s], radius[s], a, e, settings) for s, a, e in parts
+        _points_views(cameras(a, e, settings), xyz[s], points[s, :, 3:], normals[s], radius[s], settings)
+        for s, a, e in parts
     ]
     return torch.cat(views).view(*azimuth.shape, 3, settings.size, settings.size)
 
 
 def _points_views(
+    viewpoints: Cameras,
     xyz: Tensor,
     rgb: Tensor,
     normals: Tensor,
     radius: Tensor,
-    azimuth: Tensor,
-    elevation: Tensor,
     settings: ViewSettings,
 ) -> Tensor:
     "One view of each cloud, (M, 3, S, S); all inputs have M rows."
-    camera = cameras(azimuth, elevation, settings)
-    to_view = camera.get_world_to_view_transform()
-    seen = to_view.transform_points(xyz)
-    brightness = shade(to_view.transform_normals(normals), seen, settings)
+    seen = viewpoints.to_view(xyz)
+    brightness = shade(viewpoints.turn(normals), seen, settings)
     colors = (rgb * brightness[..., None]).clamp(0, 1)
-    ndc = torch.cat([camera.transform_points(xyz)[..., :2], seen[..., 2:]], -1)
-    radius = radius * (1 / math.tan(math.radians(settings.fov / 2))) / seen[..., 2]
-    discs = splat(ndc, radius, settings.size, settings.points_per_pixel)
+    radius = radius * viewpoints.focal / seen[..., 2]
+    discs = splat(viewpoints.to_picture(seen), radius, settings.size, settings.points_per_pixel)
     return composite(colors, radius, discs, settings.softness)
