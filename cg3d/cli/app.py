@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'VERSION', 'DEBUG', 'JSON', 'MODEL_HELP', 'MODEL', 'DEVICE', 'UP_HELP', 'UP', 'CLIP_HELP', 'CLIP', 'OVERWRITE',
-           'WORKERS_HELP', 'WORKERS', 'SKIP', 'MAX_SIZE', 'SHAPES_HELP', 'SHAPES', 'LAYOUT_HELP', 'LAYOUT',
-           'LABELS_HELP', 'LABELS', 'TEMPLATES_HELP', 'TEMPLATE_OPTION', 'KIND_HELP', 'SHOWN_COLUMNS', 'WHERE_HELP',
-           'INFO_HELP', 'NAME_HELP', 'FILES_HELP', 'PARAMETER_OPTIONS', 'RECIPE_HELP', 'RECIPE', 'PARAMETER',
-           'NOTEBOOK_HELP', 'NOTEBOOK', 'LIST', 'cg3d', 'load_model', 'problems_json', 'read_labels', 'classify',
-           'save_views', 'shape_views', 'render', 'embed', 'pack', 'index', 'read_query', 'search', 'info',
+           'WORKERS_HELP', 'WORKERS', 'SKIP', 'MAX_SIZE', 'SHAPES_HELP', 'SHAPES', 'VIEWS_HELP', 'VIEWS', 'LAYOUT_HELP',
+           'LAYOUT', 'LABELS_HELP', 'LABELS', 'TEMPLATES_HELP', 'TEMPLATE_OPTION', 'KIND_HELP', 'SHOWN_COLUMNS',
+           'WHERE_HELP', 'INFO_HELP', 'NAME_HELP', 'FILES_HELP', 'PARAMETER_OPTIONS', 'RECIPE_HELP', 'RECIPE',
+           'PARAMETER', 'NOTEBOOK_HELP', 'NOTEBOOK', 'LIST', 'cg3d', 'load_model', 'problems_json', 'read_labels',
+           'classify', 'save_views', 'shape_views', 'render', 'embed', 'pack', 'index', 'read_query', 'search', 'info',
            'formats_command', 'check_data', 'models', 'catalog_rows', 'download', 'JobCommand', 'print_parameters',
            'command_values', 'execute_job', 'train', 'evaluate', 'finetune', 'same_file', 'rerun', 'main']
 
@@ -82,6 +82,8 @@ SKIP = Annotated[bool, typer.Option("--skip-broken", help="Exit code 0 even if f
 MAX_SIZE = Annotated[float, typer.Option("--max-mb", help="Size limit of a file, megabytes.")]
 SHAPES_HELP = "A folder of shape files, one file, a packed collection, or 'furniture'."
 SHAPES = Annotated[str, typer.Argument(help=SHAPES_HELP)]
+VIEWS_HELP = "Rendered views averaged with the 3D embedding: better and slower; 6 is a good number."
+VIEWS = Annotated[int, typer.Option(min=0, help=VIEWS_HELP)]
 LAYOUT_HELP = "Read the folder as a published data set of this layout, see check-data."
 LAYOUT = Annotated[str, typer.Option(help=LAYOUT_HELP, show_default=False)]
 
@@ -153,6 +155,7 @@ def classify(
     model: MODEL = "nano",
     templates: TEMPLATE_OPTION = (),
     top: Annotated[int, typer.Option(min=0, help="Labels to show per shape; 0: all.")] = 0,
+    views: VIEWS = 0,
     up: UP = "",
     max_mb: MAX_SIZE = 100,
     device: DEVICE = "auto",
@@ -165,14 +168,16 @@ def classify(
     from cg3d.models.templates import TEMPLATES
     from cg3d.search.batch_embed import open_source, read_batches
 
-    sources = [open_source(path, up or None, max_mb) for path in shapes]
+    sources = [open_source(path, up or None, max_mb, keep_mesh=views > 0) for path in shapes]
     total = sum(map(len, sources))
     loaded = load_model(model, device, clip)
     results, problems = [], []
     with progress_bar(total, "classify") as advance:
         for source in sources:
-            for rows, batch in read_batches(source, range(len(source)), 32, problems, advance):
-                frame = loaded.classify(batch, labels, list(templates) or TEMPLATES, top or None)
+            for rows, batch in read_batches(
+                source, range(len(source)), 8 if views else 32, problems, advance
+            ):
+                frame = loaded.classify(batch, labels, list(templates) or TEMPLATES, top or None, views)
                 columns = ["label", "probability", "similarity"]
                 for row, (_, answers) in zip(rows, frame.groupby("row")):
                     ranked = answers[columns].to_dict("records")
@@ -268,6 +273,7 @@ def embed(
     out: Annotated[str, typer.Option("--out", "-o", help="Table to write: .parquet or .npz.")],
     model: MODEL = "nano",
     batch_size: Annotated[int, typer.Option(min=1, help="Shapes per batch.")] = 32,
+    views: VIEWS = 0,
     layout: LAYOUT = "",
     workers: WORKERS = 0,
     up: UP = "",
@@ -286,20 +292,28 @@ def embed(
     from cg3d.search.embeddings import check_suffix
 
     check_suffix(path)
-    source = open_source(shapes, up or None, max_mb, layout or None)
+    source = open_source(shapes, up or None, max_mb, layout or None, keep_mesh=views > 0)
     if source.left_out:
         print_note(f"{shapes}: {left_out_words(source.left_out)}")
     loaded = load_model(model, device, clip)
+    loaded.views = views
     name = str(Path(model).resolve()) if model != "nano" and Path(model).exists() else model
     if workers:
         from cg3d.search.ray import embed_with_ray
 
         embed_source = partial(embed_with_ray, workers=workers)
-    options = {"name": name, "batch_size": batch_size, "settings": {"up": up}}
+    options = {"name": name, "batch_size": batch_size, "settings": {"up": up, "views": str(views)}}
     with progress_bar(len(source), "embed") as advance:
         report = embed_source(source, loaded, path, on_progress=advance, **options)
     count, dim = report.embeddings.matrix.shape
-    facts = {"out": str(path), "shapes": count, "dim": dim, "resumed": report.resumed, "model": name}
+    facts = {
+        "out": str(path),
+        "shapes": count,
+        "dim": dim,
+        "resumed": report.resumed,
+        "model": name,
+        "views": views,
+    }
     facts |= {
         "fingerprint": report.embeddings.fingerprint,
         "left_out": source.left_out,
