@@ -23,7 +23,7 @@ from cg3d.models.clip_backbone import CONFIG_FILE, NANO_CONFIG, Backbone, fit_im
 from cg3d.models.prompts import Prompts
 from cg3d.models.views import embed_views
 from cg3d.pretrained.factory import load
-from cg3d.render.cameras import ViewSettings, ring_views
+from cg3d.render.cameras import ring_views
 from cg3d.render.mesh import render_mesh
 
 ROOT = Path(__file__).parent.parent
@@ -331,8 +331,7 @@ def test_files_arrays_and_meshes_are_shapes(model, tmp_path):
 
 def test_views_are_averaged_with_the_3d_embedding(model, shape, monkeypatch):
     clouds = normalize(torch.rand(3, 128, 6))
-    settings = ViewSettings(size=max(model.backbone.image_size))
-    seen = embed_views(model.prompts, clouds, ring_views(2), settings, mean=True)
+    seen = embed_views(model.prompts, clouds, ring_views(2), mean=True)
     expected = torch.nn.functional.normalize(model.encode_shape(clouds) + seen, dim=-1)
     voted = model.encode_shape(clouds, views=2)
     torch.testing.assert_close(voted, expected, atol=3e-4, rtol=0)
@@ -357,9 +356,9 @@ def test_views_of_a_mesh_show_its_surface(model, tmp_path, monkeypatch):
     solid.export(tmp_path / "box.glb")
     drawn = []
 
-    def render(mesh, azimuth, elevation, settings):
-        drawn.append((len(azimuth), settings.size))
-        return render_mesh(mesh, azimuth, elevation, settings=settings)
+    def render(mesh, azimuth, elevation, size, settings):
+        drawn.append((len(azimuth), size))
+        return render_mesh(mesh, azimuth, elevation, size, settings)
 
     monkeypatch.setattr(views_module, "render_mesh", render)
     surface = model.encode_shape(tmp_path / "box.glb", views=3)

@@ -10,7 +10,7 @@ __all__ = ['app', 'VERSION', 'DEBUG', 'JSON', 'MODEL_HELP', 'MODEL', 'DEVICE', '
            'PARAMETER', 'NOTEBOOK_HELP', 'NOTEBOOK', 'LIST', 'cg3d', 'load_model', 'problems_json', 'read_labels',
            'classify', 'save_views', 'shape_views', 'render', 'embed', 'pack', 'index', 'read_query', 'search', 'info',
            'formats_command', 'check_data', 'models', 'catalog_rows', 'download', 'JobCommand', 'print_parameters',
-           'command_values', 'execute_job', 'train', 'evaluate', 'finetune', 'same_file', 'rerun', 'main']
+           'command_values', 'execute_job', 'train', 'evaluate', 'finetune', 'calibrate', 'same_file', 'rerun', 'main']
 
 # %% ../../nbs/cli/03_app.ipynb #c03
 import sys
@@ -180,14 +180,19 @@ def classify(
                 frame = loaded.classify(batch, labels, list(templates) or TEMPLATES, top or None, views)
                 columns = ["label", "probability", "similarity"]
                 for row, (_, answers) in zip(rows, frame.groupby("row")):
-                    ranked = answers[columns].to_dict("records")
-                    results.append({"shape": source.table["id"][row], "labels": ranked})
+                    result = {"shape": source.table["id"][row], "labels": answers[columns].to_dict("records")}
+                    if "believable" in answers:  # the model is calibrated
+                        result |= answers[["none_of_these", "believable"]].iloc[0].to_dict()
+                    results.append(result)
     if problems and total == 1:
         raise InputError(problems[0][1])
 
     def show():
         for result in results:
             print_table(result["labels"], result["shape"] if total > 1 else "")
+            if not result.get("believable", True):
+                none = result["none_of_these"]
+                typer.echo(f"not believable: none of these labels fits, with a probability of {none:.0%}")
 
     print_result({"model": model, "shapes": results, "problems": problems_json(problems)}, as_json, show)
     report_problems(problems, total, "classified", skip_broken)
@@ -727,6 +732,39 @@ def finetune(
     if listed:
         return print_parameters("finetune", as_json)
     execute_job("finetune", command_values("finetune", recipe, parameter), notebook, overwrite, as_json)
+
+# %% ../../nbs/cli/03_app.ipynb #c34
+@app.command()
+def calibrate(
+    folder: Annotated[
+        str, typer.Argument(help="Folder of a saved model or run; its config.json is changed.")
+    ],
+    data: Annotated[str, typer.Option(help="Set with nouns in column category.")] = "furniture",
+    split: Annotated[str, typer.Option(help="Rows that the model was not trained on.")] = "val",
+    views: VIEWS = 0,
+    device: DEVICE = "auto",
+    as_json: JSON = False,
+):
+    "Fit the probabilities of a model on held-out shapes, and when it says that no label fits."
+    from cg3d.evaluation.calibration import calibrate as fit
+    from cg3d.evaluation.calibration import store_calibration
+    from cg3d.training.config import run_folder
+    from cg3d.training.pretrain import read_data
+
+    path = Path(folder) if Path(folder).is_dir() else run_folder(folder)
+    if not (path / "config.json").is_file():
+        raise MissingFile(f"{folder}: no saved model in it; give the folder of a model or a run", file=folder)
+    fitted, judged = fit(load_model(str(path), device), read_data(data), split, views)
+    store_calibration(path, fitted, views)
+    facts = {"folder": str(path), "data": data, "split": split, "views": views}
+    facts |= {"logit_scale": fitted.logit_scale, "none_bias": fitted.none_bias}
+    rows = judged.astype(object).where(judged.notna(), None).to_dict("records")
+
+    def show():
+        print_facts(facts)
+        print_table(rows)
+
+    print_result(facts | {"judged": rows}, as_json, show)
 
 # %% ../../nbs/cli/03_app.ipynb #c33
 def same_file(

@@ -32,12 +32,19 @@ from ..geometry.ops import check_points, farthest_point_sample, gather, normaliz
 from ..io.mesh import Mesh, from_trimesh
 from ..io.shape import Shape, read_shape, shape_of
 from . import hub
+from cg3d.models.calibration import (
+    BACKGROUND,
+    BACKGROUND_TEMPLATE,
+    Calibration,
+    background_similarity,
+    checked_calibrations,
+)
 from .clip_backbone import Backbone, fit_images, load_backbone, update_hash, weights_stamp
 from .prompts import Prompts
 from .registry import create_encoder
 from .templates import TEMPLATES, fill_template
 from .views import embed_views
-from ..render.cameras import ViewSettings, ring_views
+from ..render.cameras import ring_views
 
 # %% ../../nbs/models/09_cg3d.ipynb #1b645389
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ class CG3DConfig:
     prompt_tokens: int = 5  # tokens a block, and context tokens
     dim: int | None = None  # length of an embedding; None: the backbone's
     logit_scale: float | None = None  # factor on similarities in `classify`; None: the backbone's
+    calibration: dict = field(default_factory=dict)  # of probabilities, see `cg3d.models.calibration`
     clip_fingerprint: str | None = None  # hash of the backbone trained against, filled in when saving
 
     def __post_init__(self):
@@ -67,6 +75,7 @@ class CG3DConfig:
             for name, value in self.encoder_cfg.items()
         }
         object.__setattr__(self, "encoder_cfg", settings)
+        object.__setattr__(self, "calibration", checked_calibrations(self.calibration))
 
     @classmethod
     def from_dict(
@@ -396,13 +405,12 @@ class CG3D(nn.Module):
         return F.normalize(mean, dim=-1) if normalize else mean
 
     def _encode_views(self, clouds: list[Shape] | Tensor, views: int, batch_size: int) -> Tensor:
-        "Mean embedding of rendered views at the image tower's resolution, (B, dim), unit vectors."
-        settings = ViewSettings(size=max(self.backbone.image_size))
+        "Mean embedding of rendered views, (B, dim), unit vectors."
         angles = ring_views(views)
 
         def encode(part: list[Shape] | Tensor) -> Tensor:
             clouds = normalize(part) if isinstance(part, Tensor) else part
-            return embed_views(self.prompts, clouds, angles, settings, mean=True)
+            return embed_views(self.prompts, clouds, angles, mean=True)
 
         return self._in_batches(encode, clouds, batch_size, True)
 
@@ -460,9 +468,11 @@ class CG3D(nn.Module):
         templates: str | Sequence[str] = TEMPLATES,  # sentences with {} for the name
         top: int | None = None,  # labels to keep a shape, all by default
         views: int | None = None,  # rendered views to average in, see `encode_shape`
-    ) -> pd.DataFrame:  # row, shape, label, probability, similarity; best first
+    ) -> pd.DataFrame:  # row, shape, label, probability, similarity; best first; none_of_these, believable
         """Which of the labels fits each shape.
 
+        A calibrated model also says for each shape how probable it is that none of the labels fits, and whether the
+        best label is believable: whether that probability is below a half.
         Raises KindError or InputError for wrong clouds, labels or templates, or if top is below 1.
         """
         if top is not None and top < 1:
@@ -470,24 +480,41 @@ class CG3D(nn.Module):
         labels = checked_labels(labels)
         views = self.views if views is None else views
         clouds = check_clouds(clouds, keep_mesh=views > 0)
-        similarity = self.encode_shape(clouds, views=views) @ self.zero_shot_classifier(labels, templates).T
-        probability = (similarity * self.logit_scale).softmax(-1)
+        embeddings, weights = (
+            self.encode_shape(clouds, views=views),
+            self.zero_shot_classifier(labels, templates),
+        )
+        similarity = embeddings @ weights.T
+        fitted = self.calibration(views)
+        scale = self.logit_scale if fitted is None else fitted.logit_scale
+        probability = (similarity * scale).softmax(-1)
         order = similarity.argsort(dim=-1, descending=True, stable=True)[:, :top]
         count, width = order.shape
-        if isinstance(clouds, Tensor):
-            shape_names = [""] * count
-        else:
-            shape_names = [shape.name for shape in clouds]
+        names = [""] * count if isinstance(clouds, Tensor) else [shape.name for shape in clouds]
         order = order.cpu()
-        return pd.DataFrame(
+        table = pd.DataFrame(
             {
                 "row": np.arange(count).repeat(width),
-                "shape": np.repeat(np.array(shape_names, object), width),
+                "shape": np.repeat(np.array(names, object), width),
                 "label": [labels[j] for j in order.flatten().tolist()],
                 "probability": probability.cpu().gather(1, order).flatten().double().numpy(),
                 "similarity": similarity.cpu().gather(1, order).flatten().double().numpy(),
             }
         )
+        if fitted is None:
+            return table
+        nouns = self.zero_shot_classifier(BACKGROUND, BACKGROUND_TEMPLATE)
+        logits = fitted.logits(similarity, background_similarity(embeddings, weights, nouns))
+        none = logits.softmax(-1)[:, -1].cpu().double().numpy().repeat(width)
+        return table.assign(none_of_these=none, believable=none < 0.5)
+
+    def calibration(
+        self,
+        views: int = 0,  # views averaged into the embedding
+    ) -> Calibration | None:  # None: not fitted
+        "The calibration of such embeddings."
+        settings = self.config.calibration.get("views" if views else "points")
+        return None if settings is None else Calibration(**settings)
 
     def fingerprint(self) -> str:  # 64 hexadecimal digits
         """SHA-256 over all weights and what else decides the embeddings; computed again when a weight has changed.

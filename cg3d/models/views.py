@@ -51,11 +51,12 @@ def shape_views(
     azimuth: Tensor,  # (V,), degrees
     elevation: Tensor,  # (V,), degrees
     settings: ViewSettings = ViewSettings(),  # how the views look
+    mesh_size: int | None = None,  # size of views of a surface, pixels; None: the settings'
 ) -> Tensor:  # views, (V, 3, size, size), [0, 1], white background
     "Views of one shape: of its textured surface where the shape keeps one that has an area, else of its points."
     if shape.mesh is not None and mesh_renderer_loads():
         try:
-            return render_mesh(shape.mesh, azimuth, elevation, settings=settings)[0]
+            return render_mesh(shape.mesh, azimuth, elevation, mesh_size, settings)[0]
         except InputError:  # its triangles have no area
             pass
     points = shape.cloud(min(len(shape.points), VIEW_POINTS))
@@ -73,6 +74,8 @@ def embed_views(
     batch_size: int = 32,  # shapes rendered and encoded at a time
 ) -> Tensor:  # unit vectors, float32, on the tower's device, (B, V, D), or (B, D) with `mean`
     """Embed rendered views of clouds, or of shapes as `shape_views` draws them, with an image tower.
+
+    Surfaces are drawn at the resolution of the tower.
 
     Raises KindError or InputError if clouds or angles have the wrong type or shape, or there is no cloud.
     """
@@ -109,10 +112,15 @@ def _embed_batch(
     "Unit vectors (B, V, D) of one batch; the angles are on the tower's device."
     if isinstance(clouds, Tensor):
         pictures = render_points(clouds.to(azimuth.device), azimuth, elevation, settings=settings)
+        embeddings = tower.encode_image(pictures.flatten(0, 1)).unflatten(0, azimuth.shape)
     else:
-        views = [
-            shape_views(shape, a, e, settings) for shape, a, e in zip(clouds, azimuth.cpu(), elevation.cpu())
-        ]
-        pictures = torch.stack(views).to(azimuth.device)
-    embeddings = tower.encode_image(pictures.flatten(0, 1))
-    return F.normalize(embeddings.float(), dim=-1).unflatten(0, azimuth.shape)
+        size = getattr(tower, "image_size", None) or getattr(
+            getattr(tower, "backbone", None), "image_size", None
+        )
+        embeddings = torch.stack(
+            [
+                tower.encode_image(shape_views(shape, a, e, settings, size and max(size)).to(azimuth.device))
+                for shape, a, e in zip(clouds, azimuth.cpu(), elevation.cpu())
+            ]
+        )
+    return F.normalize(embeddings.float(), dim=-1)
