@@ -200,6 +200,55 @@ def scanobjectnn(root, count=5):
     return root / "h5_files"
 
 
+H5_CORRUPTIONS = ("scale", "jitter", "rotate", "dropout_global", "dropout_local", "add_global", "add_local")
+NPY_CORRUPTIONS = (
+    "uniform gaussian background impulse upsampling distortion distortion_rbf distortion_rbf_inv density "
+    "density_inc shear rotation cutout occlusion lidar"
+).split()
+
+
+def _corrupted_size(kind, level, points):
+    "Points of a cloud that a corruption leaves, level from 0."
+    if kind.startswith("dropout"):
+        return points - 4 * (level + 1)
+    return points + (level + 1) if kind.startswith(("add", "upsampling", "background")) else points
+
+
+def _corrupted_h5(root, labels, points=32):
+    import h5py
+
+    root.mkdir(parents=True)
+    for name in ["clean", *(f"{kind}_{level}" for kind in H5_CORRUPTIONS for level in range(5))]:
+        kind, _, level = name.rpartition("_")
+        size = points if name == "clean" else _corrupted_size(kind, int(level), points)
+        with h5py.File(root / f"{name}.h5", "w") as file:
+            file["data"] = np.stack([cloud(i, size) for i in range(len(labels))])
+            file["label"] = np.array(labels)[:, None]
+
+
+def modelnet_c(root):
+    _corrupted_h5(root / "modelnet_c", [0, 23, 37])  # airplane, night_stand, vase
+    return root / "modelnet_c"
+
+
+def scanobjectnn_c(root):
+    for variant in ("obj_bg", "obj_only", "hardest"):
+        _corrupted_h5(root / "sonn_c" / variant, [0, 3])
+    return root / "sonn_c"
+
+
+def modelnet40_c(root, points=32):
+    root = root / "modelnet40_c"
+    root.mkdir()
+    names = ["original", *(f"{kind}_{level}" for kind in NPY_CORRUPTIONS for level in range(1, 6))]
+    for name in names:
+        kind, _, level = name.rpartition("_")
+        size = points if name == "original" else _corrupted_size(kind, int(level) - 1, points)
+        np.save(root / f"data_{name}.npy", np.stack([cloud(i, size) for i in range(3)]))
+    np.save(root / "label.npy", np.array([[0], [23], [37]]))
+    return root
+
+
 def shape_dictionary(uid, group, seed):
     rng = np.random.default_rng(seed)
 

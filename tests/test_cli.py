@@ -44,6 +44,7 @@ COMMANDS = (
     "train",
     "evaluate",
     "finetune",
+    "calibrate",
     "check-data",
     "info",
     "models",
@@ -834,3 +835,39 @@ def test_score_under_both_protocols(tmp_path):
         "none of as-published",
     )
     refused(call("score", tmp_path / "box.glb", "-t", "x", "-m", "nano"), "needs published weights")
+
+
+def test_calibrate_stores_what_classify_says(tmp_path, monkeypatch):
+    import cg3d.training.pretrain as pretrain
+
+    torch.manual_seed(0)
+    folder = CG3D.build(encoder="pointnet", points=64).save(tmp_path / "model")
+    shapes = furniture().select(split="val", category=["chair", "table", "lamp", "bed"])
+    monkeypatch.setattr(pretrain, "read_data", lambda data: shapes)
+    words = [
+        "classify",
+        str(shapes_file(tmp_path)),
+        "--labels",
+        "chair,lamp",
+        "--model",
+        str(folder),
+        "--json",
+    ]
+    before = json.loads(CliRunner().invoke(app, words).stdout)["shapes"][0]
+    assert "believable" not in before
+    answer = CliRunner().invoke(app, ["calibrate", str(folder), "--json"])
+    assert answer.exit_code == 0, answer.output
+    facts = json.loads(answer.stdout)
+    stored = json.loads((folder / "config.json").read_text())["calibration"]
+    assert stored == {"points": {key: facts[key] for key in ("logit_scale", "none_bias")}}
+    after = json.loads(CliRunner().invoke(app, words).stdout)["shapes"][0]
+    assert after["believable"] == (after["none_of_these"] < 0.5)
+    assert after["labels"][0]["similarity"] == before["labels"][0]["similarity"]
+    missing = CliRunner().invoke(app, ["calibrate", str(tmp_path / "nothing")])
+    assert missing.exit_code == 2 and "no saved model" in missing.output
+
+
+def shapes_file(folder):
+    path = folder / "box.glb"
+    trimesh.creation.box().export(path)
+    return path

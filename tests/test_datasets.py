@@ -61,6 +61,11 @@ LAYOUTS = {
         200,
         32,
     ),
+    "modelnet_c": (mini.modelnet_c, 108, 40, "clean-00000", "airplane", 0, 32),
+    "scanobjectnn_c_obj_bg": (mini.scanobjectnn_c, 72, 15, "clean-00000", "bag", 0, 32),
+    "scanobjectnn_c_obj_only": (mini.scanobjectnn_c, 72, 15, "clean-00000", "bag", 0, 32),
+    "scanobjectnn_c_hardest": (mini.scanobjectnn_c, 72, 15, "clean-00000", "bag", 0, 32),
+    "modelnet40_c": (mini.modelnet40_c, 228, 40, "data_original-00000", "airplane", 0, 32),
     "openshape": (mini.objaverse, 6, 2, "aa11", "bat (animal)", 0, 90),
     "objaverse_lvis": (mini.uni3d_lvis, 3, 3, "aa11", "bat (animal)", 0, 90),
     "scannet": (mini.scannet, 2, 2, "scene0000_00/0", "cabinet", None, 8),
@@ -571,3 +576,58 @@ def test_a_collection_survives_pickling(tmp_path):
     again = pickle.loads(cloudpickle.dumps(data))
     assert torch.equal(again.points([3, 1]), data.points([3, 1])) and again.points_per_shape == 64
     assert again.lazy_points().key == data.lazy_points().key
+
+
+# corrupted test sets
+
+
+def test_corruptions_and_levels_are_columns(tmp_path):
+    data = read_dataset(mini.modelnet_c(tmp_path))
+    kinds = {kind.replace("dropout", "drop") for kind in mini.H5_CORRUPTIONS}
+    assert set(data.table["corruption"]) == {"clean", *kinds}
+    assert data.table.groupby("corruption")["level"].agg(set).drop("clean").map(len).eq(5).all()
+    clean = data.select(split="test")
+    assert clean.table["category"].tolist() == ["airplane", "night stand", "vase"]
+    assert clean.table["level"].tolist() == [0, 0, 0]
+    dropped = data.select(split="drop_global_5")
+    assert dropped.table["level"].eq(5).all() and len(dropped.record(0).xyz) == 32 - 20
+    assert len(data.select(split="add_local_1").record(0).xyz) == 33
+    forty = read_dataset(mini.modelnet40_c(tmp_path))
+    assert set(forty.table["corruption"]) == {"clean", *mini.NPY_CORRUPTIONS}
+    assert len(forty.select(split="upsampling_3").record(0).xyz) == 35
+    report = check_data(tmp_path / "modelnet40_c")
+    assert report.ok and not report.problems and len(report.table) == 1 + 15 * 5
+
+
+def test_variants_and_class_lists_of_corrupted_sets(tmp_path):
+    root = mini.scanobjectnn_c(tmp_path)
+    assert read_dataset(root / "hardest").layout == "scanobjectnn_c_hardest"
+    with pytest.raises(InputError, match="scanobjectnn_c_hardest, scanobjectnn_c_obj_bg.*layout="):
+        read_dataset(root)
+    shapes = mini.modelnet_c(tmp_path)
+    (shapes / "shape_names.txt").write_text("\n".join(f"class {i}" for i in range(55)))
+    with pytest.raises(InputError, match="55"):
+        mini_h5_with_label(shapes / "clean.h5", 55)
+        read_dataset(shapes)
+
+
+def mini_h5_with_label(file, label):
+    import h5py
+
+    with h5py.File(file, "r+") as opened:
+        opened["label"][0, 0] = label
+
+
+def test_damaged_corrupted_sets_are_named(tmp_path):
+    root = mini.modelnet40_c(tmp_path)
+    np.save(root / "data_shear_2.npy", np.zeros((2, 32, 3)))
+    data = read_dataset(root)
+    with pytest.raises(
+        InputError, match=r"data_shear_2.npy: float64 \(2, 32, 3\), expected numbers \(3, N, 3\)"
+    ):
+        data.select(split="shear_2").points([0])
+    (root / "data_original.npy").unlink()
+    assert any("clean file is missing" in note for note in check_data(root).notes)
+    np.save(root / "label.npy", np.array([0.5, 1, 2]))
+    with pytest.raises(InputError, match="label.npy: float64 labels"):
+        read_dataset(root)

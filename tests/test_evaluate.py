@@ -17,6 +17,14 @@ from torch import nn
 
 import cg3d
 from cg3d.data.furniture import furniture
+from cg3d.evaluation.calibration import (
+    Questions,
+    ask_questions,
+    expected_calibration_error,
+    fit_calibration,
+    judge_calibration,
+    reliability_table,
+)
 from cg3d.evaluation.comparison import (
     Protocol,
     compare_models,
@@ -39,6 +47,7 @@ from cg3d.evaluation.zero_shot import (
     zero_shot_weights,
 )
 from cg3d.io.collection import Collection, Packed, write_collection
+from cg3d.models.calibration import Calibration
 from cg3d.models.cg3d import CG3D
 from cg3d.models.registry import create_encoder
 from cg3d.pretrained.loading import load_published
@@ -555,4 +564,44 @@ def test_the_job_evaluates_several_and_writes_all(tmp_path):
     assert (
         len(pd.read_csv(tmp_path / "out" / "per_class.csv")) == 8 * 4
         and len(pd.read_csv(tmp_path / "out" / "predictions.csv")) == 8 * 10
+    )
+
+
+# calibration
+
+
+def test_a_known_calibration_is_found_again():
+    generator = torch.Generator().manual_seed(1)
+    similarity, background = torch.randn(2, 20_000, 4, generator=generator) / 10
+    similarity[:5000, 3] = background[::3, 0] = -torch.inf  # padding and synonyms
+    truth = Calibration(15.0, -0.5)
+    drawn = torch.multinomial(truth.logits(similarity, background).softmax(-1), 1, generator=generator)[:, 0]
+    questions = Questions(similarity, background, torch.where(drawn == 4, -1, drawn))
+    fitted = fit_calibration(questions)
+    assert fitted.logit_scale == pytest.approx(15, rel=0.08) and fitted.none_bias == pytest.approx(
+        -0.5, abs=0.15
+    )
+    assert judge_calibration(questions, fitted)["ECE"].item() < 0.02
+    assert judge_calibration(questions, Calibration(60.0, -0.5))["ECE"].item() > 0.1
+
+
+def test_reliability_by_hand():
+    confidence, correct = torch.tensor([0.55, 0.58, 0.95, 1.0]), torch.tensor([True, False, True, False])
+    table = reliability_table(confidence, correct)
+    assert table["answers"].tolist() == [2, 2] and table["low"].tolist() == [0.5, 0.9]
+    gap = (2 * abs(0.565 - 0.5) + 2 * abs(0.975 - 0.5)) / 4
+    assert expected_calibration_error(table) == pytest.approx(gap, abs=1e-6)
+
+
+def test_questions_offer_the_right_label_in_half_of_the_cases():
+    weights = F.normalize(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    weights[1] = weights[0]  # a synonym
+    questions = ask_questions(weights[[0, 5]], torch.tensor([0, 5]), weights, weights[:2], counts=(2, 4))
+    assert questions.similarity.shape == (8, 4) and (questions.answer < 0).sum() == 4
+    offered = questions.answer >= 0
+    best = questions.similarity[offered].gather(1, questions.answer[offered, None])
+    torch.testing.assert_close(best, torch.ones_like(best))
+    assert questions.similarity[~offered].max() < 0.99, "neither the noun nor its synonym is offered"
+    assert questions.background[:4][offered[:4]].eq(-torch.inf).all(), (
+        "the background's synonyms are left out"
     )

@@ -8,17 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import trimesh
 from PIL import Image
 
 from cg3d.core.device import pick_device
+from cg3d.core.errors import InputError
 from cg3d.geometry.ops import normalize
-from cg3d.io.shape import Shape
+from cg3d.io.shape import Shape, read_shape
 from cg3d.models import cg3d as model_module
 from cg3d.models import clip_backbone as backbone_module
+from cg3d.models import views as views_module
 from cg3d.models.cg3d import CG3D, CG3DConfig, as_points, resample
 from cg3d.models.clip_backbone import CONFIG_FILE, NANO_CONFIG, Backbone, fit_images, load_backbone
 from cg3d.models.prompts import Prompts
+from cg3d.models.views import embed_views
 from cg3d.pretrained.factory import load
+from cg3d.render.cameras import ring_views
+from cg3d.render.mesh import render_mesh
 
 ROOT = Path(__file__).parent.parent
 CHOICES = [("pixel", None), ("shallow", None), ("deep", None), (None, "context"), ("pixel+deep", "context")]
@@ -260,9 +266,14 @@ def test_resample(count):
         torch.rand(0, 64, 3),
         [],
         [1],
-        "chair.glb",
         None,
+        {"points": np.zeros((64, 3))},
         np.zeros((1, 64, 3)),
+        np.zeros((64, 3)),
+        np.ones((4, 64, 7)),
+        np.full((64, 3), np.nan),
+        np.random.default_rng(0).uniform(0, 255, (64, 6)),
+        [torch.rand(1, 64, 3)],
     ],
     ids=str,
 )
@@ -286,6 +297,78 @@ def test_bad_clouds(model, bad):
 def test_bad_images(model, bad):
     with pytest.raises((ValueError, TypeError)):
         model.encode_image(bad)
+
+
+def test_files_arrays_and_meshes_are_shapes(model, tmp_path):
+    "What a newcomer has at hand may be classified as it is."
+    solid = trimesh.creation.box((1, 2, 1))
+    for name in ("box.glb", "box.ply"):
+        solid.export(tmp_path / name)
+    expected = model.encode_shape(read_shape(tmp_path / "box.glb"))
+    for given in (str(tmp_path / "box.glb"), tmp_path / "box.ply", solid, trimesh.Scene([solid])):
+        torch.testing.assert_close(model.encode_shape(given), expected, atol=1e-5, rtol=0)
+    table = model.classify([tmp_path / "box.glb", solid], ["box", "ball"], top=1)
+    assert table["shape"].tolist() == ["box", "mesh"] and table["similarity"].nunique() == 1
+    with pytest.raises(FileNotFoundError, match="chair.glb"):
+        model.classify("chair.glb", ["chair"])
+    with pytest.raises(FileNotFoundError, match="lamp.glb"):
+        model.encode_shape([solid, "lamp.glb"])
+    cloud = np.random.default_rng(0).random((300, 6))
+    one = model.encode_shape(cloud.astype(np.float32))
+    assert one.shape == (1, model.backbone.dim)
+    for given in (
+        cloud,
+        [cloud],
+        cloud[None],
+        torch.from_numpy(cloud).float()[None],
+        [torch.from_numpy(cloud)],
+    ):
+        torch.testing.assert_close(model.encode_shape(given), one, atol=1e-4, rtol=0)
+    far = cloud + [5e6, 3e6, 0, 0, 0, 0]  # coordinates of a map, in float64
+    torch.testing.assert_close(model.encode_shape(far[None]), one, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model.encode_shape(far), one, atol=1e-4, rtol=0)
+
+
+def test_views_are_averaged_with_the_3d_embedding(model, shape, monkeypatch):
+    clouds = normalize(torch.rand(3, 128, 6))
+    seen = embed_views(model.prompts, clouds, ring_views(2), mean=True)
+    expected = torch.nn.functional.normalize(model.encode_shape(clouds) + seen, dim=-1)
+    voted = model.encode_shape(clouds, views=2)
+    torch.testing.assert_close(voted, expected, atol=3e-4, rtol=0)
+    torch.testing.assert_close(voted, model.encode_shape(clouds, views=2, batch_size=2), atol=3e-4, rtol=0)
+    assert (voted * model.encode_shape(clouds)).sum(-1).max() < 0.99
+    agreement = model.encode_shape(clouds, views=2, normalize=False).norm(dim=-1)
+    assert (agreement < 1).all() and (agreement > 0).all()
+    tables = [model.classify(shape, ["chair", "lamp"], views=views) for views in (0, 2)]
+    assert tables[0]["similarity"].tolist() != tables[1]["similarity"].tolist()
+    monkeypatch.setattr(model, "views", 2, raising=False)  # for callers that cannot pass it on
+    assert torch.equal(model.encode_shape(clouds), voted)
+    assert model.classify(shape, ["chair", "lamp"]).equals(tables[1])
+    assert model.classify(shape, ["chair", "lamp"], views=0).equals(tables[0])
+    for wrong in (-1, 1.5, True):
+        with pytest.raises(InputError, match="views="):
+            model.encode_shape(clouds, views=wrong)
+
+
+def test_views_of_a_mesh_show_its_surface(model, tmp_path, monkeypatch):
+    solid = trimesh.creation.box((1, 1, 1))
+    solid.visual.face_colors = [200, 30, 30, 255]
+    solid.export(tmp_path / "box.glb")
+    drawn = []
+
+    def render(mesh, azimuth, elevation, size, settings):
+        drawn.append((len(azimuth), size))
+        return render_mesh(mesh, azimuth, elevation, size, settings)
+
+    monkeypatch.setattr(views_module, "render_mesh", render)
+    surface = model.encode_shape(tmp_path / "box.glb", views=3)
+    assert drawn == [(3, max(model.backbone.image_size))]
+    model.encode_shape(solid, views=1)
+    assert len(drawn) == 2, "an object of trimesh has a surface, too"
+    points = model.encode_shape(read_shape(tmp_path / "box.glb"), views=3)
+    monkeypatch.setattr(views_module, "mesh_renderer_loads", lambda: False)
+    torch.testing.assert_close(model.encode_shape(tmp_path / "box.glb", views=3), points)
+    assert len(drawn) == 2 and not torch.allclose(points, surface, atol=1e-3)
 
 
 def test_classify(model, shape):

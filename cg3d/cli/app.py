@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['app', 'VERSION', 'DEBUG', 'JSON', 'MODEL_HELP', 'MODEL', 'DEVICE', 'UP_HELP', 'UP', 'CLIP_HELP', 'CLIP', 'OVERWRITE',
-           'WORKERS_HELP', 'WORKERS', 'SKIP', 'MAX_SIZE', 'SHAPES_HELP', 'SHAPES', 'LAYOUT_HELP', 'LAYOUT',
-           'LABELS_HELP', 'LABELS', 'TEMPLATES_HELP', 'TEMPLATE_OPTION', 'KIND_HELP', 'SHOWN_COLUMNS', 'WHERE_HELP',
-           'INFO_HELP', 'NAME_HELP', 'FILES_HELP', 'OFFICIAL_HELP', 'CLOUDS_HELP', 'OUTPUTS_HELP', 'TEXT_HELP',
-           'IMAGE_HELP', 'PROTOCOL_HELP', 'PARAMETER_OPTIONS', 'RECIPE_HELP', 'RECIPE', 'PARAMETER', 'NOTEBOOK_HELP',
-           'NOTEBOOK', 'LIST', 'cg3d', 'load_model', 'problems_json', 'read_labels', 'classify', 'save_views',
-           'shape_views', 'render', 'embed', 'pack', 'index', 'read_query', 'search', 'info', 'formats_command',
-           'check_data', 'models', 'catalog_rows', 'download', 'parity', 'score', 'JobCommand', 'print_parameters',
-           'command_values', 'execute_job', 'train', 'evaluate', 'finetune', 'same_file', 'rerun', 'main']
+           'WORKERS_HELP', 'WORKERS', 'SKIP', 'MAX_SIZE', 'SHAPES_HELP', 'SHAPES', 'VIEWS_HELP', 'VIEWS', 'LAYOUT_HELP',
+           'LAYOUT', 'LABELS_HELP', 'LABELS', 'TEMPLATES_HELP', 'TEMPLATE_OPTION', 'KIND_HELP', 'SHOWN_COLUMNS',
+           'WHERE_HELP', 'INFO_HELP', 'NAME_HELP', 'FILES_HELP', 'OFFICIAL_HELP', 'CLOUDS_HELP', 'OUTPUTS_HELP',
+           'TEXT_HELP', 'IMAGE_HELP', 'PROTOCOL_HELP', 'PARAMETER_OPTIONS', 'RECIPE_HELP', 'RECIPE', 'PARAMETER',
+           'NOTEBOOK_HELP', 'NOTEBOOK', 'LIST', 'cg3d', 'load_model', 'problems_json', 'read_labels', 'classify',
+           'save_views', 'shape_views', 'render', 'embed', 'pack', 'index', 'read_query', 'search', 'info',
+           'formats_command', 'check_data', 'models', 'catalog_rows', 'download', 'parity', 'score', 'JobCommand',
+           'print_parameters', 'command_values', 'execute_job', 'train', 'evaluate', 'finetune', 'calibrate',
+           'same_file', 'rerun', 'main']
 
 # %% ../../nbs/cli/03_app.ipynb #c03
 import sys
@@ -83,6 +84,8 @@ SKIP = Annotated[bool, typer.Option("--skip-broken", help="Exit code 0 even if f
 MAX_SIZE = Annotated[float, typer.Option("--max-mb", help="Size limit of a file, megabytes.")]
 SHAPES_HELP = "A folder of shape files, one file, a packed collection, or 'furniture'."
 SHAPES = Annotated[str, typer.Argument(help=SHAPES_HELP)]
+VIEWS_HELP = "Rendered views averaged with the 3D embedding: better and slower; 6 is a good number."
+VIEWS = Annotated[int, typer.Option(min=0, help=VIEWS_HELP)]
 LAYOUT_HELP = "Read the folder as a published data set of this layout, see check-data."
 LAYOUT = Annotated[str, typer.Option(help=LAYOUT_HELP, show_default=False)]
 
@@ -154,6 +157,7 @@ def classify(
     model: MODEL = "nano",
     templates: TEMPLATE_OPTION = (),
     top: Annotated[int, typer.Option(min=0, help="Labels to show per shape; 0: all.")] = 0,
+    views: VIEWS = 0,
     up: UP = "",
     max_mb: MAX_SIZE = 100,
     device: DEVICE = "auto",
@@ -166,24 +170,31 @@ def classify(
     from cg3d.models.templates import TEMPLATES
     from cg3d.search.batch_embed import open_source, read_batches
 
-    sources = [open_source(path, up or None, max_mb) for path in shapes]
+    sources = [open_source(path, up or None, max_mb, keep_mesh=views > 0) for path in shapes]
     total = sum(map(len, sources))
     loaded = load_model(model, device, clip)
     results, problems = [], []
     with progress_bar(total, "classify") as advance:
         for source in sources:
-            for rows, batch in read_batches(source, range(len(source)), 32, problems, advance):
-                frame = loaded.classify(batch, labels, list(templates) or TEMPLATES, top or None)
+            for rows, batch in read_batches(
+                source, range(len(source)), 8 if views else 32, problems, advance
+            ):
+                frame = loaded.classify(batch, labels, list(templates) or TEMPLATES, top or None, views)
                 columns = ["label", "probability", "similarity"]
                 for row, (_, answers) in zip(rows, frame.groupby("row")):
-                    ranked = answers[columns].to_dict("records")
-                    results.append({"shape": source.table["id"][row], "labels": ranked})
+                    result = {"shape": source.table["id"][row], "labels": answers[columns].to_dict("records")}
+                    if "believable" in answers:  # the model is calibrated
+                        result |= answers[["none_of_these", "believable"]].iloc[0].to_dict()
+                    results.append(result)
     if problems and total == 1:
         raise InputError(problems[0][1])
 
     def show():
         for result in results:
             print_table(result["labels"], result["shape"] if total > 1 else "")
+            if not result.get("believable", True):
+                none = result["none_of_these"]
+                typer.echo(f"not believable: none of these labels fits, with a probability of {none:.0%}")
 
     print_result({"model": model, "shapes": results, "problems": problems_json(problems)}, as_json, show)
     report_problems(problems, total, "classified", skip_broken)
@@ -275,6 +286,7 @@ def embed(
     out: Annotated[str, typer.Option("--out", "-o", help="Table to write: .parquet or .npz.")],
     model: MODEL = "nano",
     batch_size: Annotated[int, typer.Option(min=1, help="Shapes per batch.")] = 32,
+    views: VIEWS = 0,
     layout: LAYOUT = "",
     workers: WORKERS = 0,
     up: UP = "",
@@ -293,20 +305,28 @@ def embed(
     from cg3d.search.embeddings import check_suffix
 
     check_suffix(path)
-    source = open_source(shapes, up or None, max_mb, layout or None)
+    source = open_source(shapes, up or None, max_mb, layout or None, keep_mesh=views > 0)
     if source.left_out:
         print_note(f"{shapes}: {left_out_words(source.left_out)}")
     loaded = load_model(model, device, clip)
+    loaded.views = views
     name = str(Path(model).resolve()) if model != "nano" and Path(model).exists() else model
     if workers:
         from cg3d.search.ray import embed_with_ray
 
         embed_source = partial(embed_with_ray, workers=workers)
-    options = {"name": name, "batch_size": batch_size, "settings": {"up": up}}
+    options = {"name": name, "batch_size": batch_size, "settings": {"up": up, "views": str(views)}}
     with progress_bar(len(source), "embed") as advance:
         report = embed_source(source, loaded, path, on_progress=advance, **options)
     count, dim = report.embeddings.matrix.shape
-    facts = {"out": str(path), "shapes": count, "dim": dim, "resumed": report.resumed, "model": name}
+    facts = {
+        "out": str(path),
+        "shapes": count,
+        "dim": dim,
+        "resumed": report.resumed,
+        "model": name,
+        "views": views,
+    }
     facts |= {
         "fingerprint": report.embeddings.fingerprint,
         "left_out": source.left_out,
@@ -807,6 +827,39 @@ def finetune(
     if listed:
         return print_parameters("finetune", as_json)
     execute_job("finetune", command_values("finetune", recipe, parameter), notebook, overwrite, as_json)
+
+# %% ../../nbs/cli/03_app.ipynb #c34
+@app.command()
+def calibrate(
+    folder: Annotated[
+        str, typer.Argument(help="Folder of a saved model or run; its config.json is changed.")
+    ],
+    data: Annotated[str, typer.Option(help="Set with nouns in column category.")] = "furniture",
+    split: Annotated[str, typer.Option(help="Rows that the model was not trained on.")] = "val",
+    views: VIEWS = 0,
+    device: DEVICE = "auto",
+    as_json: JSON = False,
+):
+    "Fit the probabilities of a model on held-out shapes, and when it says that no label fits."
+    from cg3d.evaluation.calibration import calibrate as fit
+    from cg3d.evaluation.calibration import store_calibration
+    from cg3d.training.config import run_folder
+    from cg3d.training.pretrain import read_data
+
+    path = Path(folder) if Path(folder).is_dir() else run_folder(folder)
+    if not (path / "config.json").is_file():
+        raise MissingFile(f"{folder}: no saved model in it; give the folder of a model or a run", file=folder)
+    fitted, judged = fit(load_model(str(path), device), read_data(data), split, views)
+    store_calibration(path, fitted, views)
+    facts = {"folder": str(path), "data": data, "split": split, "views": views}
+    facts |= {"logit_scale": fitted.logit_scale, "none_bias": fitted.none_bias}
+    rows = judged.astype(object).where(judged.notna(), None).to_dict("records")
+
+    def show():
+        print_facts(facts)
+        print_table(rows)
+
+    print_result(facts | {"judged": rows}, as_json, show)
 
 # %% ../../nbs/cli/03_app.ipynb #c33
 def same_file(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODELNET40', 'MODELNET10', 'SCANOBJECTNN', 'MODELNET', 'VARIANTS', 'ULIP2_FILES', 'shape_row', 'labeled_table',
-           'formatted', 'modelnet40', 'modelnet10', 'h5_arrays', 'modelnet40_h5', 'dat_clouds', 'modelnet_pickle',
-           'object_array', 'modelnet40_openshape', 'modelnet40_ulip2', 'scanobjectnn_openshape']
+           'formatted', 'modelnet40', 'modelnet10', 'h5_arrays', 'h5_listing', 'modelnet40_h5', 'dat_clouds',
+           'modelnet_pickle', 'object_array', 'modelnet40_openshape', 'modelnet40_ulip2', 'scanobjectnn_openshape']
 
 # %% ../../nbs/data/03_modelnet.ipynb #c02
 from collections.abc import Callable, Sequence
@@ -190,7 +190,7 @@ def _stamp(file: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 # %% ../../nbs/data/03_modelnet.ipynb #md01
-def _h5_listing(
+def h5_listing(
     parts: list[tuple[str, Path]],  # split and file; a missing file is one missing row
     root: Path,
     classes: Sequence[str],
@@ -264,7 +264,7 @@ def modelnet40_h5(root: Path, names: str, up: str | None) -> Listing:
         listed = _id_list(file, len(h5_arrays(file)[1])) if file.is_file() else None
         if listed:
             ids[file] = listed
-    return _h5_listing(parts, root, classes, names, up, ids)
+    return h5_listing(parts, root, classes, names, up, ids)
 
 # %% ../../nbs/data/03_modelnet.ipynb #c12
 VARIANTS = {  # variant -> folder, end of the file's name
@@ -305,7 +305,7 @@ def _register_scan(variant: str, about: str) -> None:
     @register_layout(f"scanobjectnn_{variant}", about, find)
     def scanobjectnn(root: Path, names: str, up: str | None) -> Listing:
         folder, files = _scan_files(root, variant)
-        listing = _h5_listing(files, folder, SCANOBJECTNN, names, up)
+        listing = h5_listing(files, folder, SCANOBJECTNN, names, up)
         listing.notes.append(
             f"ScanObjectNN {variant.upper()}: meters, neither centered nor scaled in the file; "
             "report the variant with every number"

@@ -290,7 +290,7 @@ class Layout:
 
 
 LAYOUTS: dict[str, Layout] = {}  # filled by the modules in `READER_MODULES`
-READER_MODULES = ("folder", "shapenet", "modelnet", "objaverse", "scannet", "shards")
+READER_MODULES = ("folder", "shapenet", "modelnet", "corrupted", "objaverse", "scannet", "shards")
 
 
 def register_layout(

@@ -7,7 +7,7 @@ __all__ = ['TURN', 'FAR', 'centered_float32', 'Shape', 'sample_rows', 'up_of', '
 
 # %% ../../nbs/io/23_shape.ipynb #cell002
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +71,9 @@ class Shape:
     creator: str = ""
     up: str = "y"  # axis of `points` that is up, y or z
     warnings: tuple[str, ...] = ()  # what was lost or assumed when it was read from a file
+    mesh: Mesh | None = field(
+        default=None, repr=False
+    )  # the surface that the points were drawn from, to render it
 
     def __post_init__(self):
         who = f"shape {self.id or self.name!r}" if self.id or self.name else "shape"
@@ -157,6 +160,7 @@ def shape_of(
     points: int | None = 2048,  # see `read_shape`
     up: str | None = None,
     seed: int = 0,
+    keep_mesh: bool = False,  # see `read_shape`
 ) -> Shape:  # y up, in the units of the mesh
     "Points of a mesh or cloud as a shape."
     xyz, colors = sample_mesh(path, mesh, 2048 if points is None else points, seed)
@@ -170,6 +174,8 @@ def shape_of(
         shape = Shape(xyz[keep], colors, name=path.stem, source=path.name, warnings=notes)
     except ValueError as error:
         raise InputError(f"{path}: {error}", file=path) from error
+    if keep_mesh and mesh.face_count:
+        shape.mesh = replace(mesh, up=axis)
     if mesh.unit_in_meters is not None:
         shape.size = tuple((np.ptp(xyz, axis=0) * mesh.unit_in_meters).tolist())
     return shape
@@ -180,6 +186,7 @@ def read_shape(
     points: int | None = 2048,  # sampled from a mesh, kept of a cloud; None: 2,048 of a mesh, all of a cloud
     up: str | None = None,  # y or z; None: as the file or its format states, else y
     seed: int = 0,
+    keep_mesh: bool = False,  # True: the surface stays in `Shape.mesh`, so that textured views can be rendered
 ) -> Shape:  # y up, in the file's units
     """Read a mesh or cloud file (at most 10 million points or 5 million faces) as a shape.
 
@@ -189,7 +196,7 @@ def read_shape(
         raise InputError(f"points={points}: a shape needs at least 2", field="points", value=points)
     if up is not None:
         _turn(up)
-    shape = shape_of(path, read_mesh(path), points, up, seed)
+    shape = shape_of(path, read_mesh(path), points, up, seed, keep_mesh)
     for text in shape.warnings:
         warnings.warn(f"{path}: {text}", stacklevel=2)
     return shape

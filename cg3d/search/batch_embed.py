@@ -80,6 +80,7 @@ def file_source(
     root: str | Path | None = None,  # ids are relative to it; None: ids are the paths as given
     up: str | None = None,  # up axis of the files, see `read_shape`
     max_mb: float = MAX_MB,  # size limit of a file, megabytes
+    keep_mesh: bool = False,  # keep the surfaces for rendered views, see `read_shape`
 ) -> ShapeSource:
     "Shapes from files; raises MissingFile if one does not exist. Reading a row raises InputError for a bad file."
     paths = [Path(path) for path in paths]
@@ -93,7 +94,7 @@ def file_source(
 
     def read(row: int) -> Shape:
         check_size(paths[row], max_mb)
-        return read_shape(paths[row], up=up)
+        return read_shape(paths[row], up=up, keep_mesh=keep_mesh)
 
     return ShapeSource(str(root if root is not None else ", ".join(map(str, paths))), table, stamps, read)
 
@@ -102,6 +103,7 @@ def folder_source(
     folder: str | Path,  # its files of other kinds are counted in `left_out`
     up: str | None = None,  # up axis of the files, see `read_shape`
     max_mb: float = MAX_MB,  # size limit of a file, megabytes
+    keep_mesh: bool = False,  # keep the surfaces for rendered views, see `read_shape`
 ) -> ShapeSource:
     "Shapes from the files below a folder; raises MissingFile if there are none."
     files, others = shape_files(folder)
@@ -109,7 +111,7 @@ def folder_source(
         words = left_out_words(others)
         message = f"{folder}: no shape in it; files must end in {' '.join(FOLDER_SUFFIXES)}"
         raise MissingFile(f"{folder}: {words}. {message}" if words else message, file=folder)
-    source = file_source(files, folder, up, max_mb)
+    source = file_source(files, folder, up, max_mb, keep_mesh)
     source.left_out = others
     return source
 
@@ -135,6 +137,7 @@ def open_source(
     up: str | None = None,  # up axis of files, see `read_shape`
     max_mb: float = MAX_MB,  # size limit of a file, megabytes
     layout: str | None = None,  # read the folder as a published data set, see `cg3d.data.registry`
+    keep_mesh: bool = False,  # keep the surfaces of files for rendered views, see `read_shape`
 ) -> ShapeSource:
     "Shapes from a path; raises MissingFile if there are none."
     name, path = str(path), Path(path)
@@ -143,12 +146,12 @@ def open_source(
     if name == "furniture":
         return collection_source(furniture(), name)
     if path.is_dir():
-        return folder_source(path, up, max_mb)
+        return folder_source(path, up, max_mb, keep_mesh)
     stem = path.with_suffix("") if path.suffix in (".npz", ".csv") else path
     if Path(f"{stem}.npz").is_file() and Path(f"{stem}.csv").is_file():
         return collection_source(read_collection(stem), name)
     if path.is_file():
-        return file_source([path], None, up, max_mb)
+        return file_source([path], None, up, max_mb, keep_mesh)
     raise MissingFile(
         f"{path}: no such file or folder. Give a shape file ({' '.join(SUFFIXES)}), a folder of them, "
         "a packed collection (x.npz + x.csv), or 'furniture' for the bundled set",
