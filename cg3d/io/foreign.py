@@ -14,14 +14,14 @@ import numpy as np
 
 from ..core.errors import InputError
 from ..core.untrusted import LIMITS, check_count
-from .color import Material, Texture, to_linear, unit_colors
+from .color import Material, Texture, cutout_alpha, to_linear, unit_colors
 from .limited import require, run_limited
 from .mesh import Mesh, Surface
 from .textures import Textures
 
 # %% auto #0
-__all__ = ['CHORD_ERROR', 'CHORD_ANGLE', 'ASSIMP_UP', 'ASSIMP_METERS', 'FBX_RECORD', 'parse_cad', 'read_cad', 'fbx_pictures',
-           'parse_assimp', 'read_assimp', 'parse_las', 'read_las', 'parse_e57', 'read_e57']
+__all__ = ['CHORD_ERROR', 'CHORD_ANGLE', 'ASSIMP_UP', 'ASSIMP_METERS', 'NO_SHADING', 'FBX_RECORD', 'parse_cad', 'read_cad',
+           'fbx_pictures', 'parse_assimp', 'read_assimp', 'parse_las', 'read_las', 'parse_e57', 'read_e57']
 
 # %% ../../nbs/io/19_foreign.ipynb #c004
 CHORD_ERROR = 0.01  # of the length of an edge
@@ -71,6 +71,7 @@ def read_cad(
 # %% ../../nbs/io/19_foreign.ipynb #c008
 ASSIMP_UP = {".amf": "z"}  # other formats are y up, or turned to it
 ASSIMP_METERS = (".fbx", ".dae")  # scaled to meters
+NO_SHADING = 9  # Assimp's number of the shading model of unlit surfaces
 FBX_RECORD = re.compile(rb"\x10RelativeFilenameS|\x08FilenameS|\x07ContentR")
 
 
@@ -107,13 +108,19 @@ def _assimp_material(textures: Textures, properties: dict, inside: dict[str, byt
     import assimp_py
 
     name = str(properties.get("NAME", ""))
-    names = properties.get("TEXTURES", {}).get(assimp_py.TextureType_DIFFUSE, ())
+    pictures = properties.get("TEXTURES", {})
+    color, emitted = properties.get("COLOR_DIFFUSE"), properties.get("COLOR_EMISSIVE")
+    names = list(pictures.get(assimp_py.TextureType_DIFFUSE, ()))
+    if color is None or not np.any(color[:3]) or properties.get("SHADING_MODEL") == NO_SHADING:
+        names += pictures.get(assimp_py.TextureType_EMISSIVE, ())  # the picture of an unlit surface
     if names:
         texture = _assimp_texture(textures, names[0], inside)
-        return Material(name, texture=texture, texture_times_factor=False)
-    color = properties.get("COLOR_DIFFUSE")
+        alpha = cutout_alpha(texture)
+        return Material(name, texture=texture, texture_times_factor=False, visible_alpha=alpha)
     if color is None or name == "DefaultMaterial":
         return None
+    if emitted is not None and (not np.any(color[:3]) or properties.get("SHADING_MODEL") == NO_SHADING):
+        color = emitted
     return Material(name, factor=to_linear(np.clip(color[:3], 0, 1)))
 
 
