@@ -171,7 +171,8 @@ def shape_of(
     except ValueError as error:
         raise InputError(f"{path}: {error}", file=path) from error
     if mesh.unit_in_meters is not None:
-        shape.size = tuple((np.ptp(xyz, axis=0) * mesh.unit_in_meters).tolist())
+        extent = np.abs(_turn(axis).astype(np.float64)) @ np.ptp(mesh.bounds, axis=0)
+        shape.size = tuple((extent * mesh.unit_in_meters).tolist())
     return shape
 
 
