@@ -67,7 +67,9 @@ def trs_matrices(
     rotation: np.ndarray,  # quaternions x, y, z, w of any length above 0, (N, 4)
     scale: np.ndarray,  # (N, 3)
 ) -> np.ndarray:  # translation * rotation * scale, (N, 4, 4)
-    "Matrices of nodes or instances."
+    """Matrices of nodes or instances.
+
+    Raises `InputError` for a rotation whose length is 0 or NaN."""
     length = np.linalg.norm(rotation, axis=1, keepdims=True)
     if not (length > 0).all():
         raise InputError(
@@ -155,7 +157,9 @@ def world_matrices(
 def shown_nodes(
     document: Document,
 ) -> list[int]:  # in depth-first order
-    "Indices of the nodes of the scene that is shown."
+    """Indices of the nodes of the scene that is shown.
+
+    Raises `InputError` where the nodes are no tree."""
     nodes, scenes = document.json.get("nodes", []), document.json.get("scenes", [])
     if scenes:
         roots = document.entry("scenes", document.json.get("scene", 0)).get("nodes", [])
@@ -216,7 +220,9 @@ class Geometry:
     mode: int
 
     def faces(self) -> np.ndarray:  # int64 (F, 3)
-        "Its triangles; none for points and lines."
+        """Its triangles; none for points and lines.
+
+        Raises `InputError` where the file is damaged."""
         if self.mode not in (4, 5, 6):
             return np.empty((0, 3), np.int64)
         indices = np.arange(self.count) if self.indices is None else self.indices
@@ -230,7 +236,9 @@ def read_geometry(
     document: Document,
     primitive: dict,
 ) -> Geometry | None:  # None where it has no positions
-    "The attributes and indices of a primitive, unpacked where they are packed by Draco."
+    """The attributes and indices of a primitive, unpacked where they are packed by Draco.
+
+    Raises `InputError` where the file is damaged."""
     mode = whole_number(primitive, "mode", 4)
     if mode > 6:
         raise InputError(f"a primitive of mode {mode} is none of glTF; the file is damaged, fetch it again")
@@ -307,7 +315,9 @@ def morphed(
     weights: list[float],  # of the morph targets
     rows: np.ndarray | slice,  # which vertices
 ) -> np.ndarray | None:  # float (V, C); None where the primitive has no such attribute
-    "An attribute after its morph targets."
+    """An attribute after its morph targets.
+
+    Raises `InputError` where the file is damaged."""
     if name not in geometry.attributes:
         return None
     normalized = geometry.normalized.get(name, False) or name.startswith("COLOR")
@@ -330,7 +340,9 @@ def skin_matrices(
     index: Any,  # of the skin
     matrices: np.ndarray,  # of the nodes, (N, 4, 4)
 ) -> np.ndarray:  # (J, 4, 4)
-    "Joint matrix times inverse bind matrix of each joint."
+    """Joint matrix times inverse bind matrix of each joint.
+
+    Raises `InputError` where the file is damaged."""
     skin = document.entry("skins", index)
     joints = [whole_number({"joint": joint}, "joint") for joint in skin.get("joints", ())]
     if not joints or max(joints) >= len(matrices):
@@ -352,7 +364,9 @@ def skinned(
     matrices: np.ndarray,  # (J, 4, 4)
     chunk: int = 1 << 16,  # vertices at a time
 ) -> np.ndarray:  # float64 (V, 3)
-    "Vertices moved by their joints."
+    """Vertices moved by their joints.
+
+    Raises `InputError` where the file is damaged."""
     if joints.shape != weights.shape or (len(joints) and joints.max() >= len(matrices)):
         message = (
             f"joints {joints.shape} and weights {weights.shape} do not fit a skin of {len(matrices)} joints"
@@ -517,7 +531,9 @@ def instance_matrices(
     document: Document,
     node: dict,
 ) -> np.ndarray | None:  # relative to the node, (I, 4, 4); None where there is one, at the node itself
-    "Places of EXT_mesh_gpu_instancing."
+    """Places of EXT_mesh_gpu_instancing.
+
+    Raises `InputError` where the file is damaged."""
     extension = node.get("extensions", {}).get("EXT_mesh_gpu_instancing")
     if extension is None:
         return None

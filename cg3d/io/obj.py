@@ -168,7 +168,9 @@ def float_rows(
     keyword: bytes,
     least: int,  # numbers that a line must have
 ) -> tuple[np.ndarray, np.ndarray]:  # all numbers in a row (N,), numbers of each line (L,)
-    "The numbers of all lines of one kind."
+    """The numbers of all lines of one kind.
+
+    Raises `InputError` where the file is damaged."""
     selected = lines.numbers_of(keyword)
     if not len(selected):
         return np.empty(0), np.empty(0, np.int64)
@@ -202,7 +204,9 @@ def face_corners(
 ) -> tuple[
     np.ndarray, np.ndarray, np.ndarray
 ]:  # v and vt as written, 0: none, (C, 2); corners a face; their lines
-    "The faces of a block."
+    """The faces of a block.
+
+    Raises `InputError` where the file is damaged."""
     selected = lines.numbers_of(b"f")
     if not len(selected):
         return np.empty((0, 2), np.int64), np.empty(0, np.int64), selected
@@ -232,7 +236,9 @@ def absolute_indices(
     written: np.ndarray,  # from 1, or counted backward from -1; 0: none, (C,)
     before: np.ndarray,  # elements that the file holds above each corner's line, (C,)
 ) -> np.ndarray:  # from 0; -1: none, (C,)
-    "Indices into the whole file."
+    """Indices into the whole file.
+
+    Raises `InputError` where the file is damaged."""
     indices = np.where(written < 0, before + written, written - 1)
     if (indices[written < 0] < 0).any():
         raise InputError("a face counts back behind the first vertex; the file is damaged, fetch it again")

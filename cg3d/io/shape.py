@@ -124,7 +124,9 @@ def sample_rows(
     n: int | None,  # points wanted, None for all
     seed: int = 0,
 ) -> np.ndarray:  # row numbers, (n,)
-    "Draw `n` of `count` rows: all different while they last, then every row once more before any a third time."
+    """Draw `n` of `count` rows: all different while they last, then every row once more before any a third time.
+
+    Raises `InputError` for an `n` below 1."""
     if n is None or n == count:
         return np.arange(count)
     if n < 1:
@@ -158,7 +160,9 @@ def shape_of(
     up: str | None = None,
     seed: int = 0,
 ) -> Shape:  # y up, in the units of the mesh
-    "Points of a mesh or cloud as a shape."
+    """Points of a mesh or cloud as a shape.
+
+    Raises `InputError` for what is no shape."""
     xyz, colors = sample_mesh(path, mesh, 2048 if points is None else points, seed)
     axis, note = up_of(mesh, xyz, up)
     xyz = xyz @ _turn(axis).T.astype(np.float64)
