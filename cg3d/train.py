@@ -20,6 +20,7 @@ import torch
 
 from .cli.jobs import job_values
 from .core.config import settings_from
+from .core.device import pick_device
 from .core.distributed import rank, world_size
 from .core.errors import Cg3dError, InputError, MissingPackage
 from .core.timing import peak_memory
@@ -27,7 +28,6 @@ from .evaluation.zero_shot import accuracy_table, frequent_labels, labeled_rows,
 from .io.collection import Collection
 from .pretrained.factory import load
 from .training.config import TrainConfig, run_folder
-from .training.learner import pick_device
 from .training.pretrain import frozen_features, make_learner, make_model, make_triplets, read_data
 
 # %% ../nbs/cli/04_train.ipynb #5e348fb7

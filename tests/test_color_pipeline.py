@@ -7,8 +7,8 @@ import trimesh
 from gltf_writer import Gltf, picture
 from PIL import Image
 
-from cg3d.io.color import Material, Texture, surface_colors, to_linear, to_srgb, unit_colors
-from cg3d.io.mesh import Mesh, Surface, from_trimesh
+from cg3d.io.color import Material, Texture, require_colors, to_linear, to_srgb, unit_colors
+from cg3d.io.mesh import Mesh, Surface, from_trimesh, surface_colors
 from cg3d.io.read import read_mesh
 from cg3d.render.cameras import ViewSettings
 from cg3d.render.mesh import render_mesh
@@ -148,3 +148,14 @@ def test_colors_that_are_partly_unknown():
     colors = unit_colors(values)
     assert colors[[0, 2]].tolist() == [[1, 0, 0], [0, 0, 1]] and np.isnan(colors[1]).all()
     assert unit_colors(np.full((2, 3), np.nan)) is None and unit_colors(np.array([["a", "b", "c"]])) is None
+
+
+def test_colors_that_fit_no_range():
+    assert unit_colors(np.array([[0.2, 1.4, 0.1]])) is None  # too large for [0, 1], too small for bytes
+    assert np.allclose(unit_colors(np.array([[1.0005, 0.5, -0.0005]])), [[1, 0.5, 0]])
+    assert np.allclose(unit_colors(np.array([[0, 1, 2]])), np.array([[0, 1, 2]]) / 255)
+    with pytest.raises(ValueError, match="a.npy: the largest color is 1.4: too large for"):
+        require_colors(np.array([[0.2, 1.4, 0.1]]), "a.npy")
+    for wrong in (300.0, -0.5, np.nan, np.inf):
+        with pytest.raises(ValueError, match="neither in .0, 1. nor in 0..255"):
+            require_colors(np.array([[wrong, 0, 0]]), "a.npy")

@@ -25,7 +25,7 @@ from cg3d.models.prompts import Prompts
 from cg3d.pretrained.factory import load
 from cg3d.training.config import TrainConfig, new_names, run_folder
 from cg3d.training.grad_cache import grad_cache
-from cg3d.training.learner import Callback, Learner, TowerCache, claim_device, pick_device
+from cg3d.training.learner import Callback, Learner, TowerCache, claim_device
 from cg3d.training.losses import TriModalLoss
 from cg3d.training.pretrain import ByteViews, make_learner, make_triplets, none_or_name, read_data
 
@@ -417,11 +417,12 @@ def test_a_skipped_step_leaves_batch_norm_as_it_was(config, backbone):
 def test_the_device_of_the_process_becomes_the_current_one(monkeypatch):
     current = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1].index or 0)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert claim_device("auto") == torch.device("cuda:1") == current[-1]
-    assert claim_device("cuda") == torch.device("cuda:0") and current[-1] == torch.device("cuda")
+    assert claim_device("auto") == claim_device("cuda") == torch.device("cuda:1")
+    assert claim_device("cuda:0") == torch.device("cuda:0")
+    assert current == [torch.device("cuda:1"), torch.device("cuda:1"), torch.device("cuda:0")]
     count = len(current)
     assert claim_device("cpu").type == "cpu" and len(current) == count
 
@@ -512,7 +513,7 @@ def test_unknown_settings_and_devices():
     with pytest.raises(ValueError, match="unknown parameter lrr; known are data"):
         settings_from(TrainConfig, {"lrr": 3})
     with pytest.raises(ValueError, match="no device"):
-        pick_device("abacus")
+        claim_device("abacus")
     assert new_names({"x": 1}, {"x": 2, "_1": 0, "_i12": "", "Out": {}, "__doc__": ""}) == {"x": 2}
 
 

@@ -548,9 +548,23 @@ def test_a_given_backbone_is_not_moved(small, model, tmp_path):
 
 def test_default_device_is_cuda_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert pick_device() == pick_device("auto") == pick_device("cuda") == torch.device("cuda", 1)
     assert pick_device("cuda:0") == torch.device("cuda", 0) and pick_device("cpu").type == "cpu"
+    with pytest.raises(ValueError, match="the last CUDA device that torch sees is cuda:1"):
+        pick_device("cuda:2")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="start at most 2 processes"):
+        pick_device()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as a scheduler shows them
+    assert pick_device() == torch.device("cuda", 0)
+    monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert pick_device("cuda") == torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)  # after torch.cuda.set_device(3)
+    assert pick_device() == pick_device("cuda") == torch.device("cuda", 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device() == torch.device("cpu")
     with pytest.raises(ValueError, match="sees no CUDA device"):

@@ -651,6 +651,60 @@ def test_las(tmp_path, suffix, options, expected):
     assert bool(mesh.warnings) == ("rgb" in options)
 
 
+METER, FOOT = 'UNIT["metre",1,AUTHORITY["EPSG","9001"]]', 'UNIT["US survey foot",0.3048006096012192]'
+DEGREES = 'GEOGCS["WGS 84",DATUM["W",SPHEROID["W",6378137,298.2]],UNIT["degree",0.0174532925199433]]'
+WKT2 = 'PROJCRS["x",BASEGEOGCRS["w",ELLIPSOID["w",6378137,298.2,LENGTHUNIT["metre",1]]],CS[Cartesian,2],'
+WKT2 += 'AXIS["e",east],AXIS["n",north],LENGTHUNIT["foot",0.3048]]'
+
+
+@pytest.mark.parametrize(
+    "text, unit",
+    [
+        (f'PROJCS["UTM",{DEGREES},PARAMETER["x",0],{METER}]', 1.0),
+        (f'PROJCS["x",{DEGREES},{FOOT}]', 0.3048006096012192),
+        (
+            f'COMPD_CS["x",PROJCS["x",{DEGREES},{FOOT}],VERT_CS["h",VERT_DATUM["h",2005],{FOOT}]]',
+            0.3048006096,
+        ),
+        (f'COMPD_CS["x",PROJCS["x",{DEGREES},{FOOT}],VERT_CS["h",VERT_DATUM["h",2005],{METER}]]', None),
+        (WKT2, 0.3048),
+        (DEGREES, None),
+        ("", None),
+    ],
+)
+def test_units_of_laser_scans_as_text(tmp_path, text, unit):
+    laspy = pytest.importorskip("laspy")
+    made = laspy.read(las(tmp_path / "a.las", form=7, version="1.4"))
+    if text:
+        made.vlrs.append(laspy.vlrs.known.WktCoordinateSystemVlr(text))
+    made.write(tmp_path / "b.las")
+    mesh, shape = read_mesh(tmp_path / "b.las"), read_shape(tmp_path / "b.las")
+    assert mesh.unit_in_meters == (None if unit is None else pytest.approx(unit, rel=1e-9))
+    assert shape.size == (None if unit is None else pytest.approx((unit, 3 * unit, 2 * unit), rel=1e-6))
+
+
+@pytest.mark.parametrize(
+    "keys, unit",
+    [
+        ({3076: 9001}, 1.0),
+        ({3076: 9002}, 0.3048),
+        ({3076: 9003, 4099: 9003}, 1200 / 3937),
+        ({3076: 9003, 4099: 9001}, None),
+        ({3076: 9999}, None),
+        ({4099: 9001}, None),
+        ({}, None),
+    ],
+)
+def test_units_of_laser_scans_as_geotiff_keys(tmp_path, keys, unit):
+    laspy = pytest.importorskip("laspy")
+    made = laspy.read(las(tmp_path / "a.las"))
+    rows = [[1, 1, 0, len(keys)], *([key, 0, 1, value] for key, value in keys.items())]
+    data = np.array(rows, "<u2").tobytes()
+    made.vlrs.append(laspy.VLR("LASF_Projection", 34735, "", data))
+    made.write(tmp_path / "b.las")
+    assert read_mesh(tmp_path / "b.las").unit_in_meters == unit
+
+
 def test_las_keeps_its_digits_and_stands_up(tmp_path):
     shape = read_shape(las(tmp_path / "a.las"))
     assert np.allclose(np.ptp(shape.points, axis=0), [1, 3, 2], atol=1e-6)

@@ -13,10 +13,25 @@ import torch
 from .errors import InputError
 
 # %% ../../nbs/core/11_device.ipynb #dv000005
+def _own_cuda_device() -> int:
+    "Number of the GPU of this process: `LOCAL_RANK` under a launcher, else PyTorch's current one."
+    if "LOCAL_RANK" not in os.environ:
+        return torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+    number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if count == 1:  # schedulers may show each process its own GPU only
+        return 0
+    if number >= count:
+        message = f"this process has LOCAL_RANK={number}, but torch sees {count} CUDA devices"
+        raise InputError(f"{message}; start at most {count} processes on this machine", field="device")
+    return number
+
+
 def pick_device(
     device: str | torch.device | None = None,  # as torch names it; None or "auto": CUDA if there, else CPU
 ) -> torch.device:  # of a CUDA device always with its number
-    "The device that a name stands for. Raises InputError if torch knows no such device, or sees no CUDA device."
+    """The device that a name stands for; "cuda" without a number is the GPU of this process.
+
+    Raises: InputError if torch knows no such device, sees no such CUDA device, or fewer GPUs than processes."""
     if device in (None, "auto"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -33,7 +48,14 @@ def pick_device(
             field="device",
             value=device,
         )
-    number = int(os.environ.get("LOCAL_RANK", 0)) if chosen.index is None else chosen.index
+    number = _own_cuda_device() if chosen.index is None else chosen.index
+    if number >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise InputError(
+            f"device={str(device)!r} was asked for, but the last CUDA device that torch sees is cuda:{last}",
+            field="device",
+            value=device,
+        )
     return torch.device("cuda", number)
 
 # %% ../../nbs/core/11_device.ipynb #dvmem2

@@ -18,7 +18,8 @@ import pandas as pd
 from ..core.errors import InputError, MissingPackage, UnsafeFile
 from ..core.safe_pickle import load_npy, load_pickle
 from ..core.untrusted import LIMITS, check_count, read_json, read_lines, resolve_inside
-from .registry import Listing, Record, format_name, read_class_list, register_layout, unit_rgb
+from .registry import Listing, Record, format_name, read_class_list, register_layout
+from ..io.color import require_colors
 
 # %% ../../nbs/data/03_modelnet.ipynb #c05
 MODELNET40 = """airplane bathtub bed bench bookshelf bottle bowl car chair cone cup curtain desk door
@@ -430,7 +431,7 @@ def _list_dictionaries(
             keys = sorted(cloud) if isinstance(cloud, dict) else type(cloud).__name__
             raise InputError(f"{file}: item {row} has no key 'xyz'; it has {keys}", file=file)
         colored = with_colors and "rgb" in cloud
-        return Record(cloud["xyz"], unit_rgb(cloud["rgb"], file) if colored else None)
+        return Record(cloud["xyz"], require_colors(cloud["rgb"], file) if colored else None)
 
     return Listing(table, read, formatted(classes, names), up or "y")
 
@@ -477,7 +478,9 @@ def scanobjectnn_openshape(root: Path, names: str, up: str | None) -> Listing:
     labels = np.asarray(data["label"]).reshape(-1).astype(int)
     rows = [shape_row("test", f"{i:05d}", int(label), file, i) for i, label in enumerate(labels)]
     table = labeled_table(rows, SCANOBJECTNN, names, file)
-    colors = unit_rgb(np.stack(data["rgb"]), file) if "rgb" in data else None  # one range for all clouds
+    colors = (
+        require_colors(np.stack(data["rgb"]), file) if "rgb" in data else None
+    )  # one range for all clouds
 
     def read(row: int) -> Record:
         return Record(data["xyz"][row], None if colors is None else colors[row])

@@ -18,7 +18,8 @@ import pandas as pd
 from ..core.errors import InputError
 from ..core.safe_pickle import load_npy
 from ..core.untrusted import read_json, read_lines, resolve_inside
-from .registry import Listing, Record, format_name, label_numbers, register_layout, unit_rgb
+from .registry import Listing, Record, format_name, label_numbers, register_layout
+from ..io.color import require_colors
 
 # %% ../../nbs/data/04_objaverse.ipynb #c05
 def _first_text(value) -> str:
@@ -66,7 +67,7 @@ def read_dictionary(
     features = {key: array for key, array in features.items() if array is not None}
     rgb = data.get("rgb")
     try:
-        return Record(data["xyz"], None if rgb is None else unit_rgb(rgb, file), words, features)
+        return Record(data["xyz"], None if rgb is None else require_colors(rgb, file), words, features)
     except InputError as error:
         if str(file) in str(error):
             raise

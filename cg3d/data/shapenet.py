@@ -23,8 +23,8 @@ from cg3d.data.registry import (
     label_numbers,
     read_class_list,
     register_layout,
-    unit_rgb,
 )
+from ..io.color import require_colors
 
 # %% ../../nbs/data/06_shapenet.ipynb #c05
 _SYNSET_LINES = """02691156 airplane|02747177 ashcan|02773838 bag|02801938 basket|02808440 bathtub
@@ -104,7 +104,7 @@ def read_cloud(
         message = f"{path}: {array.dtype} {array.shape}, expected numbers (N, 3) or (N, 6)"
         raise InputError(message, file=path)
     array = np.array(array, np.float32)
-    return Record(array[:, :3], unit_rgb(array[:, 3:], path) if array.shape[1] == 6 else None)
+    return Record(array[:, :3], require_colors(array[:, 3:], path) if array.shape[1] == 6 else None)
 
 
 def list_shapes(

@@ -28,8 +28,9 @@ from torch import Tensor
 from ..core.atomic import MANIFEST, write_file
 from ..core.errors import Cg3dError, DamagedFile, InputError, MissingFile, MissingPackage, UnsafeFile
 from ..core.untrusted import LIMITS, check_count, refusal
-from .registry import LazyCollection, Record, register_layout, unit_rgb
+from .registry import LazyCollection, Record, register_layout
 from .view_files import square_image
+from ..io.color import require_colors
 
 # %% ../../nbs/data/10_shards.ipynb #c06
 class Storage:
@@ -313,7 +314,7 @@ def _decode_parts(
     if points.shape[1] not in (3, 6):
         message = f"{source}, points.npy is {points.shape}, expected (N, 3) or (N, 6)"
         raise InputError(message, file=source)
-    rgb = unit_rgb(points[:, 3:], f"{source}, points.npy") if points.shape[1] == 6 else None
+    rgb = require_colors(points[:, 3:], f"{source}, points.npy") if points.shape[1] == 6 else None
     features = {}
     if "features.npy" in parts:
         features["views"] = decode_array(parts["features.npy"], f"{source}, features.npy")

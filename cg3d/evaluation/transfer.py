@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..core.atomic import write_file
 from ..core.config import split_list, write_settings
+from ..core.device import pick_device
 from ..core.errors import InputError, MissingFile
 from .embedding_benchmark import scored_categories
 from .zero_shot import MAJORITY, frequent_labels, majority_scores
@@ -42,7 +43,6 @@ from cg3d.training.init import (
     nested_subset,
     random_init,
 )
-from ..training.learner import pick_device
 
 # %% ../../nbs/evaluation/04_transfer.ipynb #c05
 ZERO_SHOT = "zero-shot"

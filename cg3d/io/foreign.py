@@ -14,14 +14,15 @@ import numpy as np
 
 from ..core.errors import InputError
 from ..core.untrusted import LIMITS, check_count
-from .color import Material, Texture, to_linear, unit_colors
+from .color import Material, Texture, cutout_alpha, to_linear, unit_colors
 from .limited import require, run_limited
 from .mesh import Mesh, Surface
 from .textures import Textures
 
 # %% auto #0
-__all__ = ['CHORD_ERROR', 'CHORD_ANGLE', 'ASSIMP_UP', 'ASSIMP_METERS', 'FBX_RECORD', 'parse_cad', 'read_cad', 'fbx_pictures',
-           'parse_assimp', 'read_assimp', 'parse_las', 'read_las', 'parse_e57', 'read_e57']
+__all__ = ['CHORD_ERROR', 'CHORD_ANGLE', 'ASSIMP_UP', 'ASSIMP_METERS', 'NO_SHADING', 'FBX_RECORD', 'WKT_UNIT', 'GEO_UNITS',
+           'parse_cad', 'read_cad', 'fbx_pictures', 'parse_assimp', 'read_assimp', 'wkt_unit', 'parse_las', 'read_las',
+           'parse_e57', 'read_e57']
 
 # %% ../../nbs/io/19_foreign.ipynb #c004
 CHORD_ERROR = 0.01  # of the length of an edge
@@ -71,6 +72,7 @@ def read_cad(
 # %% ../../nbs/io/19_foreign.ipynb #c008
 ASSIMP_UP = {".amf": "z"}  # other formats are y up, or turned to it
 ASSIMP_METERS = (".fbx", ".dae")  # scaled to meters
+NO_SHADING = 9  # Assimp's number of the shading model of unlit surfaces
 FBX_RECORD = re.compile(rb"\x10RelativeFilenameS|\x08FilenameS|\x07ContentR")
 
 
@@ -107,13 +109,19 @@ def _assimp_material(textures: Textures, properties: dict, inside: dict[str, byt
     import assimp_py
 
     name = str(properties.get("NAME", ""))
-    names = properties.get("TEXTURES", {}).get(assimp_py.TextureType_DIFFUSE, ())
+    pictures = properties.get("TEXTURES", {})
+    color, emitted = properties.get("COLOR_DIFFUSE"), properties.get("COLOR_EMISSIVE")
+    names = list(pictures.get(assimp_py.TextureType_DIFFUSE, ()))
+    if color is None or not np.any(color[:3]) or properties.get("SHADING_MODEL") == NO_SHADING:
+        names += pictures.get(assimp_py.TextureType_EMISSIVE, ())  # the picture of an unlit surface
     if names:
         texture = _assimp_texture(textures, names[0], inside)
-        return Material(name, texture=texture, texture_times_factor=False)
-    color = properties.get("COLOR_DIFFUSE")
+        alpha = cutout_alpha(texture)
+        return Material(name, texture=texture, texture_times_factor=False, visible_alpha=alpha)
     if color is None or name == "DefaultMaterial":
         return None
+    if emitted is not None and (not np.any(color[:3]) or properties.get("SHADING_MODEL") == NO_SHADING):
+        color = emitted
     return Material(name, factor=to_linear(np.clip(color[:3], 0, 1)))
 
 
@@ -184,6 +192,35 @@ def _check_las_head(path: Path) -> None:
         raise InputError(message + "it is damaged or no LAS file", file=path)
 
 
+WKT_UNIT = re.compile(r'(?<![A-Z])(?:LENGTH)?UNIT\s*\[\s*"[^"]*"\s*,\s*([-+.\deE]+)')
+GEO_UNITS = {9001: 1.0, 9002: 0.3048, 9003: 1200 / 3937}  # EPSG codes: meter, foot, US survey foot
+
+
+def wkt_unit(
+    text: str,  # a coordinate system as well-known text, WKT 1 or 2
+) -> float | None:  # meters; None where it is not projected, or heights have another unit
+    "The unit of length of a coordinate system."
+    horizontal, *vertical = re.split("VERT_CS|VERTCRS", text)
+    lengths = [float(each) for each in WKT_UNIT.findall(horizontal)]
+    if not re.search("PROJCS|PROJCRS|PROJECTEDCRS|LOCAL_CS", horizontal) or not lengths:
+        return None
+    heights = [float(each) for part in vertical for each in WKT_UNIT.findall(part)]
+    unit = lengths[-1]  # those before it are of angles and of the ellipsoid
+    return unit if 0 < unit < 1e4 and all(abs(each - unit) < 1e-5 * unit for each in heights) else None
+
+
+def _las_unit(records) -> float | None:  # of the variable length records, meters; None where none states it
+    for record in records:
+        if type(record).__name__ == "WktCoordinateSystemVlr":
+            return wkt_unit(record.string)
+    for record in records:
+        if type(record).__name__ == "GeoKeyDirectoryVlr":
+            keys = {key.id: key.value_offset for key in record.geo_keys if key.tiff_tag_location == 0}
+            horizontal, vertical = keys.get(3076), keys.get(4099, keys.get(3076))
+            return GEO_UNITS.get(horizontal) if horizontal == vertical else None
+    return None
+
+
 def parse_las(
     path: Path,  # .las, .laz
 ) -> Mesh:
@@ -199,6 +236,7 @@ def parse_las(
             message = f"{path}: announces {header.point_count:,} points, holds {complete:,}; "
             raise InputError(message + "the file was cut short, fetch it again", file=path, value=complete)
         points = reader.read()
+        unit = _las_unit([*header.vlrs, *(reader.evlrs or ())])
     xyz = np.stack([np.asarray(points[axis]) for axis in "xyz"], 1)
     colors, notes = None, []
     if "red" in points.point_format.dimension_names:
@@ -206,13 +244,13 @@ def parse_las(
         colors = unit_colors(rgb) if rgb.any() else None
         if colors is None:
             notes.append("all its colors are 0; they count as unknown")
-    return Mesh(points=xyz, point_colors=colors, warnings=notes, up="z")
+    return Mesh(points=xyz, point_colors=colors, warnings=notes, up="z", unit_in_meters=unit)
 
 
 def read_las(
     path: str | Path,  # .las, .laz
 ) -> Mesh:  # z up
-    """A laser scan as a cloud.
+    """A laser scan as a cloud; its unit is known where the file states a projected coordinate system.
 
     Raises `MissingPackage` without `laspy` (and `lazrs` for .laz), `InputError` where it is cut short."""
     packed = [("lazrs", "lazrs")] if Path(path).suffix.lower() == ".laz" else []

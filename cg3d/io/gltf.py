@@ -15,7 +15,7 @@ import numpy as np
 
 from ..core.errors import InputError, MissingPackage
 from ..core.untrusted import LIMITS, check_count
-from .color import Material, Texture, to_srgb
+from .color import BLENDED_ALPHA, Material, Texture, to_srgb
 from .gltf_data import Document, decode_draco, whole_number
 from .mesh import Mesh, Surface, file_errors
 from .textures import Textures
@@ -67,7 +67,9 @@ def trs_matrices(
     rotation: np.ndarray,  # quaternions x, y, z, w of any length above 0, (N, 4)
     scale: np.ndarray,  # (N, 3)
 ) -> np.ndarray:  # translation * rotation * scale, (N, 4, 4)
-    "Matrices of nodes or instances."
+    """Matrices of nodes or instances.
+
+    Raises `InputError` for a rotation whose length is 0 or NaN."""
     length = np.linalg.norm(rotation, axis=1, keepdims=True)
     if not (length > 0).all():
         raise InputError(
@@ -155,7 +157,9 @@ def world_matrices(
 def shown_nodes(
     document: Document,
 ) -> list[int]:  # in depth-first order
-    "Indices of the nodes of the scene that is shown."
+    """Indices of the nodes of the scene that is shown.
+
+    Raises `InputError` where the nodes are no tree."""
     nodes, scenes = document.json.get("nodes", []), document.json.get("scenes", [])
     if scenes:
         roots = document.entry("scenes", document.json.get("scene", 0)).get("nodes", [])
@@ -216,7 +220,9 @@ class Geometry:
     mode: int
 
     def faces(self) -> np.ndarray:  # int64 (F, 3)
-        "Its triangles; none for points and lines."
+        """Its triangles; none for points and lines.
+
+        Raises `InputError` where the file is damaged."""
         if self.mode not in (4, 5, 6):
             return np.empty((0, 3), np.int64)
         indices = np.arange(self.count) if self.indices is None else self.indices
@@ -230,7 +236,9 @@ def read_geometry(
     document: Document,
     primitive: dict,
 ) -> Geometry | None:  # None where it has no positions
-    "The attributes and indices of a primitive, unpacked where they are packed by Draco."
+    """The attributes and indices of a primitive, unpacked where they are packed by Draco.
+
+    Raises `InputError` where the file is damaged."""
     mode = whole_number(primitive, "mode", 4)
     if mode > 6:
         raise InputError(f"a primitive of mode {mode} is none of glTF; the file is damaged, fetch it again")
@@ -307,7 +315,9 @@ def morphed(
     weights: list[float],  # of the morph targets
     rows: np.ndarray | slice,  # which vertices
 ) -> np.ndarray | None:  # float (V, C); None where the primitive has no such attribute
-    "An attribute after its morph targets."
+    """An attribute after its morph targets.
+
+    Raises `InputError` where the file is damaged."""
     if name not in geometry.attributes:
         return None
     normalized = geometry.normalized.get(name, False) or name.startswith("COLOR")
@@ -330,7 +340,9 @@ def skin_matrices(
     index: Any,  # of the skin
     matrices: np.ndarray,  # of the nodes, (N, 4, 4)
 ) -> np.ndarray:  # (J, 4, 4)
-    "Joint matrix times inverse bind matrix of each joint."
+    """Joint matrix times inverse bind matrix of each joint.
+
+    Raises `InputError` where the file is damaged."""
     skin = document.entry("skins", index)
     joints = [whole_number({"joint": joint}, "joint") for joint in skin.get("joints", ())]
     if not joints or max(joints) >= len(matrices):
@@ -352,7 +364,9 @@ def skinned(
     matrices: np.ndarray,  # (J, 4, 4)
     chunk: int = 1 << 16,  # vertices at a time
 ) -> np.ndarray:  # float64 (V, 3)
-    "Vertices moved by their joints."
+    """Vertices moved by their joints.
+
+    Raises `InputError` where the file is damaged."""
     if joints.shape != weights.shape or (len(joints) and joints.max() >= len(matrices)):
         message = (
             f"joints {joints.shape} and weights {weights.shape} do not fit a skin of {len(matrices)} joints"
@@ -399,6 +413,13 @@ def uv_transform_matrix(
     return np.column_stack([turn * scale, offset])
 
 
+def _visible_alpha(entry: dict) -> float | None:  # see `Material`
+    mode = entry.get("alphaMode", "OPAQUE")
+    if mode == "MASK":
+        return float(_numbers({"alphaCutoff": [entry.get("alphaCutoff", 0.5)]}, "alphaCutoff", (0.5,))[0])
+    return BLENDED_ALPHA if mode == "BLEND" else None
+
+
 class Materials:
     "The materials of a document, each read once."
 
@@ -422,17 +443,39 @@ class Materials:
             older = entry.get("extensions", {}).get("KHR_materials_pbrSpecularGlossiness")
             if older is not None:
                 factor, texture = older.get("diffuseFactor"), older.get("diffuseTexture")
-            light = np.ones(3) if factor is None else _numbers({"factor": factor}, "factor", (1,) * 4)[:3]
-            material = Material(str(entry.get("name", "")), light.clip(0, 1))
+            light = np.ones(4) if factor is None else _numbers({"factor": factor}, "factor", (1,) * 4)
+            material = Material(
+                str(entry.get("name", "")),
+                light[:3].clip(0, 1),
+                alpha=light[3],
+                visible_alpha=_visible_alpha(entry),
+                emission=self._emission(entry, black=not light[:3].any()),
+            )
             self._materials[index] = material if texture is None else self._with_texture(material, texture)
         return self._materials[index]
+
+    def _emission(
+        self,
+        entry: dict,  # the material
+        black: bool,  # its base color
+    ) -> Material | None:
+        factor = _numbers(entry, "emissiveFactor", (0, 0, 0)).clip(0, 1)
+        unlit = "KHR_materials_unlit" in entry.get("extensions", {})  # shows the base color only
+        if not factor.any() or (unlit and not black):
+            return None
+        emission, texture = Material("", factor), entry.get("emissiveTexture")
+        if texture is None:
+            return emission
+        emission = self._with_texture(emission, texture, "its emitted light is left out")
+        return None if emission.texture is None else emission
 
     def _with_texture(
         self,
         material: Material,
         info: dict,  # index, texCoord, extensions
+        loss: str = "its color is unknown",  # what follows where it cannot be read
     ) -> Material:
-        texture = self._texture(self.document.entry("textures", info.get("index")))
+        texture = self._texture(self.document.entry("textures", info.get("index")), loss)
         if texture is None:
             return replace(material, factor=None)
         transform = info.get("extensions", {}).get("KHR_texture_transform", {})
@@ -443,6 +486,7 @@ class Materials:
     def _texture(
         self,
         texture: dict,
+        loss: str,
     ) -> Texture | None:  # the first of its pictures that can be read; None, and a warning, where none can
         sampler = self.document.entry("samplers", texture["sampler"]) if "sampler" in texture else {}
         wrap = tuple(WRAP_MODES.get(sampler.get(key), "repeat") for key in ("wrapS", "wrapT"))
@@ -452,15 +496,13 @@ class Materials:
         sources = {name: source for name, source in sources.items() if source is not None}
         for name, index in sources.items():
             content = partial(self._content, index, name == "KHR_texture_basisu")
-            found = self.textures.read(self._label(index), content, wrap)
+            found = self.textures.read(self._label(index), content, wrap, loss)
             if found is not None:
                 self.notes.clear()
                 return found
         if not sources:
             names = ", ".join(extensions) or "none"
-            self.document.warn(
-                f"a texture has no picture of a kind that is read ({names}); its color is unknown"
-            )
+            self.document.warn(f"a texture has no picture of a kind that is read ({names}); {loss}")
         for note in self.notes:
             self.document.warn(note)
         self.notes.clear()
@@ -489,7 +531,9 @@ def instance_matrices(
     document: Document,
     node: dict,
 ) -> np.ndarray | None:  # relative to the node, (I, 4, 4); None where there is one, at the node itself
-    "Places of EXT_mesh_gpu_instancing."
+    """Places of EXT_mesh_gpu_instancing.
+
+    Raises `InputError` where the file is damaged."""
     extension = node.get("extensions", {}).get("EXT_mesh_gpu_instancing")
     if extension is None:
         return None
@@ -576,6 +620,8 @@ class _Builder:
         light = morphed(self.document, geometry, "COLOR_0", weights, rows)
         if material is not None and material.factor is not None:
             light = material.factor * (1 if light is None else light[:, :3])
+            if material.emission is not None and material.emission.texture is None:
+                light = light + material.emission.factor
         colors = np.full((count, 3), np.nan if light is None else 1.0)
         colors = colors if light is None else to_srgb((colors * light[..., :3]).clip(0, 1))
         self.points.append((xyz, np.tile(colors, (len(xyz) // max(count, 1), 1))))
@@ -593,20 +639,31 @@ class _Builder:
             faces = faces.reshape(-1, 3)
         xyz = self._vertices(geometry, rows, weights, places, joints)
         material = self.materials.material(primitive.get("material"))
-        uv, light = None, morphed(self.document, geometry, "COLOR_0", weights, rows)
-        if material is not None and material.texture is not None:
-            uv = morphed(self.document, geometry, f"TEXCOORD_{material.uv_set}", weights, rows)
-            if uv is None:
-                name = f"TEXCOORD_{material.uv_set}"
-                self.document.warn(f"a textured surface has no {name}, its color is unknown")
+        light = morphed(self.document, geometry, "COLOR_0", weights, rows)
+        uvs = self._texture_coordinates(geometry, material, weights, rows)
         light = None if light is None else np.asarray(light[:, :3].clip(0, 1), np.float32)
         if copies > 1:
             vertices = len(xyz) // copies
             faces = (faces[None] + vertices * np.arange(copies)[:, None, None]).reshape(-1, 3)
-            uv = None if uv is None else np.tile(uv, (copies, 1))
+            uvs = [None if uv is None else np.tile(uv, (copies, 1)) for uv in uvs]
             light = None if light is None else np.tile(light, (copies, 1))
-        uvs = [] if uv is None else [None] * material.uv_set + [uv[:, :2]]
         self.surfaces.append(Surface(xyz, faces, uvs, light, None, material))
+
+    def _texture_coordinates(self, geometry, material, weights, rows) -> list[np.ndarray | None]:
+        "The sets that a material uses; None for the others."
+        if material is None:
+            return []
+        losses = {"its color is unknown": material, "its emitted light is left out": material.emission}
+        found: dict[int, np.ndarray] = {}
+        for loss, each in losses.items():
+            if each is None or each.texture is None:
+                continue
+            uv = morphed(self.document, geometry, f"TEXCOORD_{each.uv_set}", weights, rows)
+            if uv is None:
+                self.document.warn(f"a textured surface has no TEXCOORD_{each.uv_set}, {loss}")
+            else:
+                found[each.uv_set] = uv[:, :2]
+        return [found.get(number) for number in range(max(found, default=-1) + 1)]
 
 # %% ../../nbs/io/06_gltf.ipynb #c030
 def read_gltf(

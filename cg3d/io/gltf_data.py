@@ -58,7 +58,9 @@ def split_glb(
 def parse_json(
     text: memoryview,
 ) -> dict:
-    "The JSON of a glTF, which must be an object of version 2."
+    """The JSON of a glTF, which must be an object of version 2.
+
+    Raises `InputError` where the file is damaged."""
     try:
         document = json.loads(str(text, "utf-8-sig").rstrip("\0"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -82,7 +84,9 @@ def whole_number(
     key: str,
     default: int | None = None,  # None: the key must be there
 ) -> int:  # at least 0
-    "A count, index or offset."
+    """A count, index or offset.
+
+    Raises `InputError` where the file is damaged."""
     value = entry.get(key, default)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -95,7 +99,9 @@ def whole_number(
 def decode_data_uri(
     uri: str,  # data:[kind][;base64],content
 ) -> bytes:
-    "The content of a data URI."
+    """The content of a data URI.
+
+    Raises `InputError` where the file is damaged."""
     head, comma, content = uri.partition(",")
     if not comma:
         raise InputError("a data URI without a comma; the file is damaged, fetch it again")
@@ -169,7 +175,9 @@ class Document:
         self,
         index: Any,
     ) -> memoryview:
-        "The bytes of a buffer, at least as many as it announces."
+        """The bytes of a buffer, at least as many as it announces.
+
+        Raises `InputError` where the file is damaged."""
         key = ("buffers", index)
         if key not in self._cache:
             entry = self.entry("buffers", index)
@@ -218,7 +226,9 @@ class Document:
         self,
         index: Any,
     ) -> np.ndarray:  # (count, components), of the type that is stored, perhaps a view of the file's bytes
-        "The rows of an accessor, sparse ones filled in."
+        """The rows of an accessor, sparse ones filled in.
+
+        Raises `InputError` where the file is damaged."""
         key = ("accessors", index)
         if key not in self._cache:
             entry = self.entry("accessors", index)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +15,14 @@ import numpy as np
 
 from ..core.errors import Cg3dError, InputError, KindError, MissingFile, UnsafeFile
 from ..core.untrusted import LIMITS, check_count, refusal, resolve_inside
-from .color import Material, Texture, surface_colors, to_linear
+from .color import BLENDED_ALPHA, Material, Texture, to_linear, to_srgb
 
 if TYPE_CHECKING:
     import trimesh
 
 # %% auto #0
-__all__ = ['Surface', 'double_areas', 'sample_faces', 'Mesh', 'file_errors', 'find_beside', 'from_trimesh']
+__all__ = ['MAX_DRAWS', 'MAX_PLACES', 'Surface', 'blend_corners', 'surface_colors', 'surface_visible', 'double_areas',
+           'sample_faces', 'Mesh', 'file_errors', 'find_beside', 'from_trimesh']
 
 # %% ../../nbs/io/01_mesh.ipynb #c005
 @dataclass
@@ -63,6 +64,85 @@ def _check_shape(
         wanted = " or ".join(map(str, shapes))
         raise InputError(f"{name} must have the shape {wanted}, got {array.shape}", field=name)
 
+# %% ../../nbs/io/01_mesh.ipynb #sc02
+def blend_corners(
+    values: np.ndarray,  # at the corners of each point's face, (n, 3, C)
+    barycentric: np.ndarray,  # weights that sum to 1, (n, 3)
+) -> np.ndarray:  # float64 (n, C)
+    "Interpolate over triangles; equal corners come back exactly."
+    values = values.astype(np.float64)
+    first = values[:, 0]
+    second, third = values[:, 1] - first, values[:, 2] - first
+    return first + second * barycentric[:, 1:2] + third * barycentric[:, 2:3]
+
+
+def _texture_places(
+    surface: Surface,
+    material: Material,  # that of the surface, or what it emits
+    faces: np.ndarray,  # face of each point, (n,)
+    barycentric: np.ndarray,  # (n, 3)
+) -> np.ndarray | None:  # in the texture, (n, 2); None where the surface has no such texture coordinates
+    uv = surface.uvs[material.uv_set] if material.uv_set < len(surface.uvs) else None
+    if uv is None:
+        return None
+    corners = uv[faces] if uv.ndim == 3 else uv[surface.faces[faces]]
+    place = blend_corners(corners, barycentric)
+    if material.uv_transform is not None:
+        place = place @ material.uv_transform[:, :2].T + material.uv_transform[:, 2]
+    return place
+
+
+def _material_light(
+    surface: Surface,
+    material: Material,
+    faces: np.ndarray,  # (n,)
+    barycentric: np.ndarray,  # (n, 3)
+) -> np.ndarray:  # linear light of factor and texture, (n, 3); NaN where unknown
+    light = np.ones((len(faces), 3))
+    if material.texture is not None:
+        place = _texture_places(surface, material, faces, barycentric)
+        light *= np.nan if place is None else material.texture.lookup(place)
+    if material.texture is None or material.texture_times_factor:
+        light *= np.nan if material.factor is None else material.factor
+    return light
+
+
+def surface_colors(
+    surface: Surface,  # with any of material, vertex colors and face colors
+    faces: np.ndarray,  # face of each point, (n,)
+    barycentric: np.ndarray,  # its weights, (n, 3)
+) -> np.ndarray:  # sRGB in [0, 1], float64 (n, 3), NaN where unknown
+    "Texture times factor times vertex and face color, plus emitted light, in linear light."
+    material, layers = surface.material, []
+    if material is not None:
+        layers.append(_material_light(surface, material, faces, barycentric))
+    if surface.vertex_colors is not None:
+        layers.append(blend_corners(surface.vertex_colors[surface.faces[faces]], barycentric))
+    if surface.face_colors is not None:
+        layers.append(surface.face_colors[faces])
+    light = np.full((len(faces), 3), np.nan if not layers else 1.0)
+    for layer in layers:
+        light = light * layer
+    if material is not None and material.emission is not None:
+        light = light + np.nan_to_num(_material_light(surface, material.emission, faces, barycentric))
+    return to_srgb(light.clip(0, 1))
+
+
+def surface_visible(
+    surface: Surface,
+    faces: np.ndarray,  # face of each point, (n,)
+    barycentric: np.ndarray,  # its weights, (n, 3)
+) -> np.ndarray:  # booleans, (n,)
+    "Which points of a surface are opaque enough to be there."
+    material = surface.material
+    if material is None or material.visible_alpha is None:
+        return np.ones(len(faces), bool)
+    alpha = np.full(len(faces), material.alpha)
+    place = None if material.texture is None else _texture_places(surface, material, faces, barycentric)
+    if place is not None:
+        alpha = alpha * material.texture.alpha(place)
+    return alpha >= material.visible_alpha
+
 # %% ../../nbs/io/01_mesh.ipynb #c007
 def double_areas(
     surface: Surface,
@@ -95,6 +175,10 @@ def sample_faces(
     return faces[order], np.stack([1 - root, root * (1 - v), root * v], 1)[order]
 
 # %% ../../nbs/io/01_mesh.ipynb #c011
+MAX_DRAWS = 16  # of places, until enough of them are visible
+MAX_PLACES = 1 << 21  # in a further draw
+
+
 @dataclass
 class Mesh:
     "Everything that was read from one file."
@@ -113,7 +197,9 @@ class Mesh:
 
     @property
     def bounds(self) -> np.ndarray:  # lowest and highest corner, float64 (2, 3)
-        "Extent of the faces (vertices that no face uses are left out), or of the points where there are no faces."
+        """Extent of the faces (vertices that no face uses are left out), or of the points where there are no faces.
+
+        Raises `InputError` where there is neither."""
         parts = [surface.vertices[_used(surface)] for surface in self.surfaces if len(surface.faces)]
         if not parts and self.points is not None and len(self.points):
             parts = [self.points]
@@ -130,7 +216,7 @@ class Mesh:
     ) -> tuple[
         np.ndarray, np.ndarray | None
     ]:  # xyz float64 (n, 3), sRGB (n, 3) with NaN where unknown, or None
-        """Points on the surfaces, evenly by area, or the bare points of a mesh without faces.
+        """Points on the visible parts of the surfaces, evenly by area, or the bare points of a mesh without faces.
 
         Raises `InputError` where there is neither, or the faces have no area."""
         surfaces = [surface for surface in self.surfaces if len(surface.faces)]
@@ -138,15 +224,9 @@ class Mesh:
             if self.points is None or not len(self.points):
                 raise InputError("no faces and no points in it")
             return self.points, _known(self.point_colors)
-        chosen, weights = sample_faces(
-            np.concatenate([double_areas(each) for each in surfaces]), n, generator
-        )
-        starts = np.cumsum([0] + [len(surface.faces) for surface in surfaces])
-        owner = np.searchsorted(starts, chosen, side="right") - 1
+        chosen, weights = _visible_places(surfaces, n, generator)
         xyz, colors = np.empty((n, 3)), np.empty((n, 3))
-        for index in np.unique(owner):
-            surface, mine = surfaces[index], owner == index
-            faces = chosen[mine] - starts[index]
+        for surface, mine, faces in _by_surface(surfaces, chosen):
             xyz[mine] = (surface.vertices[surface.faces[faces]] * weights[mine][:, :, None]).sum(1)
             colors[mine] = surface_colors(surface, faces, weights[mine])
         return xyz, _known(colors)
@@ -168,7 +248,67 @@ class Mesh:
             _check_finite(path, points, "points")
         if not self.face_count and not len(points):
             raise InputError(f"{path}: no faces and no points in it", file=path)
+        self._show_if_hidden()
         return self
+
+    def _show_if_hidden(self) -> None:
+        "Ignore alpha where it hides every place: it then means something else, or was inverted."
+        surfaces = [surface for surface in self.surfaces if len(surface.faces)]
+        if not surfaces or any(_alpha_of(surface) is None for surface in surfaces):
+            return
+        areas = np.concatenate([double_areas(each) for each in surfaces])
+        if not 0 < areas.sum() < np.inf:
+            return
+        chosen, weights = sample_faces(areas, 4096, np.random.default_rng(0))
+        for surface, mine, faces in _by_surface(surfaces, chosen):
+            if surface_visible(surface, faces, weights[mine]).any():
+                return
+        for surface in surfaces:
+            surface.material = replace(surface.material, visible_alpha=None)
+        self.warnings.append("all of it is transparent; it was read as opaque")
+
+
+def _alpha_of(surface: Surface) -> float | None:  # least alpha of a visible place; None: all of it is opaque
+    return None if surface.material is None else surface.material.visible_alpha
+
+
+def _by_surface(
+    surfaces: list[Surface],
+    chosen: np.ndarray,  # face of each point, counted through all surfaces, (n,)
+) -> Iterator[tuple[Surface, np.ndarray, np.ndarray]]:  # surface, its points (n,), their faces in it
+    starts = np.cumsum([0] + [len(surface.faces) for surface in surfaces])
+    owner = np.searchsorted(starts, chosen, side="right") - 1
+    for index in np.unique(owner):
+        mine = owner == index
+        yield surfaces[index], mine, chosen[mine] - starts[index]
+
+
+def _visible_places(
+    surfaces: list[Surface],
+    n: int,
+    generator: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:  # face of each place, counted through all surfaces (n,), weights (n, 3)
+    areas = np.concatenate([double_areas(each) for each in surfaces])
+    chosen, weights = sample_faces(areas, n, generator)
+    if all(_alpha_of(surface) is None for surface in surfaces):
+        return chosen, weights
+    kept = []
+    for _ in range(MAX_DRAWS):
+        visible = np.ones(len(chosen), bool)
+        for surface, mine, faces in _by_surface(surfaces, chosen):
+            visible[mine] = surface_visible(surface, faces, weights[mine])
+        kept.append((chosen[visible], weights[visible]))
+        found = sum(len(faces) for faces, _ in kept)
+        if found >= n:
+            break
+        share = max(visible.mean(), 0.001)
+        more = min(int((n - found) / share), MAX_PLACES) + 64
+        chosen, weights = sample_faces(areas, more, generator)
+    faces, weights = (np.concatenate(parts) for parts in zip(*kept))
+    if not len(faces):
+        raise InputError("none of its surface is visible: all of it is transparent")
+    rows = np.arange(n) % len(faces)
+    return faces[rows], weights[rows]
 
 
 def _used(
@@ -196,7 +336,9 @@ def file_errors(
     path: str | Path,  # the file that is read
     kind: str,  # what it should be, e.g. "glTF"
 ) -> Iterator[None]:
-    "Give errors of this package the path if they lack it, and turn every other exception into `InputError`."
+    """Give errors of this package the path if they lack it, and turn every other exception into `InputError`.
+
+    Raises `InputError`, or the error of this package."""
     try:
         yield
     except Cg3dError as error:
@@ -302,11 +444,19 @@ def _trimesh_material(
     image = material.baseColorTexture if physical else getattr(material, "image", None)
     if not physical and material.name is None and not material.kwargs and image is None:
         return None
-    texture = Texture(np.asarray(image.convert("RGB"))) if image is not None and has_uv else None
+    alpha = {}
+    if physical and getattr(material, "alphaMode", None) in ("MASK", "BLEND"):
+        cutoff = getattr(material, "alphaCutoff", None)
+        cutoff = 0.5 if cutoff is None else float(cutoff)
+        opacity = 1.0 if material.baseColorFactor is None else np.asarray(material.baseColorFactor)[3] / 255
+        alpha["visible_alpha"] = cutoff if material.alphaMode == "MASK" else BLENDED_ALPHA
+        alpha["alpha"] = float(opacity)
+    kind = "RGBA" if alpha else "RGB"
+    texture = Texture(np.asarray(image.convert(kind))) if image is not None and has_uv else None
     if physical:
         factor = (
             np.ones(3) if material.baseColorFactor is None else np.asarray(material.baseColorFactor)[:3] / 255
         )
     else:
         factor = to_linear(np.asarray(material.diffuse)[:3] / 255)
-    return Material(material.name or "", factor, texture, texture_times_factor=physical)
+    return Material(material.name or "", factor, texture, texture_times_factor=physical, **alpha)

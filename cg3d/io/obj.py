@@ -15,7 +15,7 @@ import numpy as np
 
 from ..core.errors import InputError, MissingFile
 from ..core.untrusted import LIMITS, check_count
-from .color import Material, to_linear, unit_colors
+from .color import BLENDED_ALPHA, Material, cutout_alpha, to_linear, unit_colors
 from .mesh import Mesh, Surface, file_errors, find_beside
 from .polygons import triangulate
 from .textures import Textures
@@ -168,7 +168,9 @@ def float_rows(
     keyword: bytes,
     least: int,  # numbers that a line must have
 ) -> tuple[np.ndarray, np.ndarray]:  # all numbers in a row (N,), numbers of each line (L,)
-    "The numbers of all lines of one kind."
+    """The numbers of all lines of one kind.
+
+    Raises `InputError` where the file is damaged."""
     selected = lines.numbers_of(keyword)
     if not len(selected):
         return np.empty(0), np.empty(0, np.int64)
@@ -202,7 +204,9 @@ def face_corners(
 ) -> tuple[
     np.ndarray, np.ndarray, np.ndarray
 ]:  # v and vt as written, 0: none, (C, 2); corners a face; their lines
-    "The faces of a block."
+    """The faces of a block.
+
+    Raises `InputError` where the file is damaged."""
     selected = lines.numbers_of(b"f")
     if not len(selected):
         return np.empty((0, 2), np.int64), np.empty(0, np.int64), selected
@@ -232,7 +236,9 @@ def absolute_indices(
     written: np.ndarray,  # from 1, or counted backward from -1; 0: none, (C,)
     before: np.ndarray,  # elements that the file holds above each corner's line, (C,)
 ) -> np.ndarray:  # from 0; -1: none, (C,)
-    "Indices into the whole file."
+    """Indices into the whole file.
+
+    Raises `InputError` where the file is damaged."""
     indices = np.where(written < 0, before + written, written - 1)
     if (indices[written < 0] < 0).any():
         raise InputError("a face counts back behind the first vertex; the file is damaged, fetch it again")
@@ -395,7 +401,7 @@ class Library:
             key, value = words[0].lower(), words[1].strip() if len(words) > 1 else ""
             if key == "newmtl":
                 entry = self.entries.setdefault(value, {})
-            elif key in ("kd", "map_kd") and value:
+            elif key in ("kd", "map_kd", "ke", "map_ke", "d", "map_d") and value:
                 entry[key] = value
 
     def material(
@@ -407,12 +413,30 @@ class Library:
         if entry is None:
             self.warn(f"the material {name[:100]!r} is in no library, colors may be unknown")
             return None
-        factor = _diffuse(entry.get("kd", ""))
+        factor, emission = _linear_color(entry.get("kd", "")), self._emission(entry)
+        alpha = _opacity(entry.get("d", ""))
+        options = {"alpha": alpha, "emission": emission}
+        options["visible_alpha"] = BLENDED_ALPHA if alpha < 1 or "map_d" in entry else None
         if "map_kd" in entry:
-            return self._with_texture(Material(name, factor, texture_times_factor=False), entry["map_kd"])
-        return None if factor is None else Material(name, factor)
+            material = Material(name, factor, texture_times_factor=False, **options)
+            return self._with_texture(material, entry["map_kd"], entry.get("map_d"))
+        if factor is None and emission is not None:
+            factor = np.zeros(3)
+        return None if factor is None else Material(name, factor, **options)
 
-    def _with_texture(self, material: Material, text: str) -> Material:
+    def _emission(self, entry: dict[str, str]) -> Material | None:
+        factor = _linear_color(entry.get("ke", ""))
+        if factor is not None and not factor.any():
+            return None  # Ke 0 0 0, which most exporters write
+        if "map_ke" in entry:
+            name, options = parse_map(entry["map_ke"])
+            texture = self.textures.beside(self._without_comment(name), loss="its emitted light is left out")
+            transform = _map_transform(options)
+            if texture is not None:
+                return Material("", texture=texture, uv_transform=transform, texture_times_factor=False)
+        return None if factor is None else Material("", factor)
+
+    def _with_texture(self, material: Material, text: str, opacity: str | None) -> Material:
         name, options = parse_map(text)
         factor = material.factor
         if factor is not None and np.ptp(factor) == 0:
@@ -422,7 +446,26 @@ class Library:
         texture = self.textures.beside(self._without_comment(name), (wrap, wrap), loss)
         if texture is None:
             return replace(material, factor=factor)
-        return replace(material, texture=texture, uv_transform=_map_transform(options))
+        material = replace(material, texture=texture, uv_transform=_map_transform(options))
+        if material.visible_alpha is None:
+            return replace(material, visible_alpha=cutout_alpha(texture))
+        return material if opacity is None else self._with_opacity(material, parse_map(opacity)[0])
+
+    def _with_opacity(self, material: Material, name: str) -> Material:
+        "The picture of `map_d` becomes the alpha of the texture, unless the texture has one."
+        pixels = material.texture.pixels
+        if pixels.shape[2] == 4:
+            return material
+        mask = self.textures.beside(self._without_comment(name), loss="the surface counts as opaque")
+        if mask is None:
+            return replace(material, visible_alpha=None)
+        rows, columns = (
+            (np.arange(size) * other) // size for size, other in zip(pixels.shape[:2], mask.pixels.shape[:2])
+        )
+        channel = 3 if mask.pixels.shape[2] == 4 else 0
+        alpha = mask.pixels[np.ix_(rows, columns)][:, :, channel]
+        texture = replace(material.texture, pixels=np.dstack([pixels, alpha]))
+        return replace(material, texture=texture)
 
     def _without_comment(self, name: str) -> str:
         "A file name, without what stands behind ` #` unless there is a file of that name."
@@ -434,8 +477,16 @@ class Library:
         return name
 
 
-def _diffuse(
-    text: str,  # what follows Kd
+def _opacity(
+    text: str,  # what follows d
+) -> float:  # 1 where it is no number in [0, 1]
+    words = text.partition("#")[0].split()
+    value = float(words[-1]) if words and _is_number(words[-1]) else 1.0
+    return value if 0 <= value <= 1 else 1.0
+
+
+def _linear_color(
+    text: str,  # what follows Kd or Ke
 ) -> np.ndarray | None:  # linear light, (3,); None where it is no color
     words = text.partition("#")[0].split()
     if len(words) not in (1, 3) or not all(map(_is_number, words)):
@@ -485,7 +536,8 @@ def _surface(
         faces = faces.reshape(-1, 3)
         xyz, colors = xyz[rows], None if colors is None else colors[rows]
     uvs = []
-    if material is not None and material.texture is not None:
+    emission = None if material is None else material.emission
+    if material is not None and (material.texture or (emission and emission.texture)):
         places = triangles[:, :, 1]
         if places.size and places.max() >= len(uv):
             message = f"a face names texture coordinate {places.max() + 1:,} of {len(uv):,}"

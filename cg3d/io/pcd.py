@@ -88,7 +88,9 @@ def read_pcd_header(
 
 
 def pcd_count(path: Path, header: dict[str, list[str]]) -> int:
-    "The number of points."
+    """The number of points.
+
+    Raises `InputError` where the file is damaged."""
     words = (
         header["POINTS"][:1] if "POINTS" in header else header["WIDTH"][:1] + header.get("HEIGHT", ["1"])[:1]
     )
@@ -103,7 +105,9 @@ def pcd_row(
     path: Path,  # named in errors
     header: dict[str, list[str]],
 ) -> np.dtype:  # names in lower case
-    "One row as a numpy record."
+    """One row as a numpy record.
+
+    Raises `InputError` where the file is damaged."""
     names = header["FIELDS"]
     counts = header.get("COUNT", ["1"] * len(names))
     if len({len(names), len(header["TYPE"]), len(header["SIZE"]), len(counts)}) > 1:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core.errors import InputError
 from ..core.untrusted import LIMITS, check_count
-from .color import Material, to_linear, unit_colors
+from .color import Material, cutout_alpha, to_linear, unit_colors
 from .columns import COLOR_NAMES, PLACE_NAMES, UV_NAMES, find_names
 from .mesh import Mesh, Surface, file_errors
 from .polygons import strip_triangles, triangulate
@@ -321,7 +321,11 @@ def _surfaces(
     for name in names if has_uv else []:
         texture = textures.beside(name)
         materials.append(
-            None if texture is None else Material(name, texture=texture, texture_times_factor=False)
+            None
+            if texture is None
+            else Material(
+                name, texture=texture, texture_times_factor=False, visible_alpha=cutout_alpha(texture)
+            )
         )
     if faces.texture is None or len(materials) < 2:
         return [_surface(vertices, faces, slice(None), vertex_uv, materials[0] if materials else None)]

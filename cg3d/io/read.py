@@ -74,7 +74,7 @@ FORMATS = (
         "own",
         "y",
         "triangles, strips, fans; nodes, instances, skins and morph targets at rest; sparse and quantized accessors",
-        "factors, textures with transforms and uv sets, vertex colors, specular-glossiness",
+        "factors, textures with transforms and uv sets, vertex colors, specular-glossiness; alpha modes, emitted light",
         "meters",
         "required extensions that are unknown",
     ),
@@ -85,7 +85,7 @@ FORMATS = (
         "own",
         "",
         "polygons, negative indices, several objects",
-        "MTL factors and textures, vertex colors",
+        "MTL factors and textures, vertex colors; d, map_d, cut-out pictures, Ke, map_Ke",
         refused="curves and surfaces",
     ),
     Format(
@@ -269,7 +269,7 @@ FORMATS = (
         "OpenUSD",
         "file",
         "meshes, points, solids, instances; cages of subdivision surfaces",
-        "UsdPreviewSurface colors and textures, display colors",
+        "UsdPreviewSurface colors, textures, opacity and emitted light; display colors",
         "as stated",
         "other shaders; references out of the folder",
         (("pxr", "usd-core"),),
@@ -282,6 +282,7 @@ FORMATS = (
         "z",
         "points",
         "r g b of 8 or 16 bits",
+        "of its projected coordinate system, else not stated",
         packages=(("laspy", "laspy"),),
     ),
     Format(
@@ -292,6 +293,7 @@ FORMATS = (
         "z",
         "points",
         "r g b of 8 or 16 bits",
+        "of its projected coordinate system, else not stated",
         packages=(("laspy", "laspy"), ("lazrs", "lazrs")),
     ),
     Format(

@@ -127,7 +127,9 @@ def sample_rows(
     n: int | None,  # points wanted, None for all
     seed: int = 0,
 ) -> np.ndarray:  # row numbers, (n,)
-    "Draw `n` of `count` rows: all different while they last, then every row once more before any a third time."
+    """Draw `n` of `count` rows: all different while they last, then every row once more before any a third time.
+
+    Raises `InputError` for an `n` below 1."""
     if n is None or n == count:
         return np.arange(count)
     if n < 1:
@@ -162,7 +164,9 @@ def shape_of(
     seed: int = 0,
     keep_mesh: bool = False,  # see `read_shape`
 ) -> Shape:  # y up, in the units of the mesh
-    "Points of a mesh or cloud as a shape."
+    """Points of a mesh or cloud as a shape.
+
+    Raises `InputError` for what is no shape."""
     xyz, colors = sample_mesh(path, mesh, 2048 if points is None else points, seed)
     axis, note = up_of(mesh, xyz, up)
     xyz = xyz @ _turn(axis).T.astype(np.float64)
@@ -177,7 +181,8 @@ def shape_of(
     if keep_mesh and mesh.face_count:
         shape.mesh = replace(mesh, up=axis)
     if mesh.unit_in_meters is not None:
-        shape.size = tuple((np.ptp(xyz, axis=0) * mesh.unit_in_meters).tolist())
+        extent = np.abs(_turn(axis).astype(np.float64)) @ np.ptp(mesh.bounds, axis=0)
+        shape.size = tuple((extent * mesh.unit_in_meters).tolist())
     return shape
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..core.errors import InputError, UnsafeFile
 from ..core.untrusted import LIMITS, check_count
-from .color import Material, to_linear
+from .color import Material, cutout_alpha, to_linear
 from .mesh import Mesh, Surface, file_errors
 from .textures import Textures
 
@@ -184,7 +184,12 @@ def _surfaces_of(package: _Package, model: _Model, each: _Object) -> list[Surfac
         texid, places = model.uvs[group]
         part, wrap = model.textures.get(texid, (f"texture {texid}", ("repeat", "repeat")))
         texture = package.textures.read(part, partial(package.archive.read, part), wrap)
-        material = Material(f"texture {texid}", texture=texture, texture_times_factor=False)
+        material = Material(
+            f"texture {texid}",
+            texture=texture,
+            texture_times_factor=False,
+            visible_alpha=cutout_alpha(texture),
+        )
         surfaces.append(Surface(vertices, mine[:, :3], [_entries(places, mine[:, 4:], 2)], material=material))
     if (~textured).any():
         surfaces.append(_colored_surface(model, vertices, rows[~textured]))

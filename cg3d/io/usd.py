@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core.errors import InputError, UnsafeFile
 from ..core.untrusted import LIMITS, check_count
-from .color import Material, Texture, to_srgb
+from .color import BLENDED_ALPHA, Material, Texture, to_srgb
 from .limited import require, run_limited
 from .mesh import Mesh, Surface, find_beside
 from .polygons import triangulate
@@ -136,14 +136,14 @@ def _asset_bytes(reader: _Reader, asset) -> bytes:
     return find_beside(reader.path, asset.path).read_bytes()
 
 
-def _texture(reader: _Reader, shader) -> Texture | None:
+def _texture(reader: _Reader, shader, loss: str = "its color is unknown") -> Texture | None:
     "The picture of a UsdUVTexture."
     asset = shader.GetInput("file").Get() if shader.GetInput("file") else None
     if asset is None or not asset.path:
         return None
     wraps = [shader.GetInput(f"wrap{axis}") for axis in "ST"]
     wrap = tuple(USD_WRAPS.get(str(each.Get()), "repeat") if each else "repeat" for each in wraps)
-    return reader.textures.read(asset.path, partial(_asset_bytes, reader, asset), wrap)
+    return reader.textures.read(asset.path, partial(_asset_bytes, reader, asset), wrap, loss)
 
 
 def _uv_name(shader) -> str:
@@ -160,8 +160,37 @@ def _uv_name(shader) -> str:
     return "st"
 
 
+def _add_opacity(surface, diffuse, material: Material) -> None:
+    "Opacity of a UsdPreviewSurface: a number, or the alpha of the diffuse picture."
+    source, value = _input_source(surface, "opacity")
+    if source is not None:
+        if diffuse is None or source.GetPath() != diffuse.GetPath():
+            return
+    elif value is not None and value.Get() is not None:
+        material.alpha = float(value.Get())
+    threshold = surface.GetInput("opacityThreshold").Get() if surface.GetInput("opacityThreshold") else None
+    if source is not None or material.alpha < 1:
+        material.visible_alpha = threshold or BLENDED_ALPHA
+
+
+def _add_emission(reader: _Reader, surface, paint: _Paint) -> None:
+    "Emitted light of a UsdPreviewSurface; a picture must have the texture coordinates of the diffuse one."
+    source, value = _input_source(surface, "emissiveColor")
+    kind = source.GetIdAttr().Get() if source else None
+    if kind == "UsdUVTexture":
+        if paint.material.texture is not None and _uv_name(source) != paint.uv_name:
+            reader.note("a picture of emitted light has its own texture coordinates; it was left out")
+            return
+        texture = _texture(reader, source, "its emitted light is left out")
+        if texture is not None:
+            paint.uv_name = _uv_name(source)
+            paint.material.emission = Material(texture=texture, texture_times_factor=False)
+    elif kind is None and value is not None and value.Get() is not None and np.any(value.Get()):
+        paint.material.emission = Material(factor=np.array(value.Get()))
+
+
 def _paint(reader: _Reader, material) -> _Paint:
-    "The diffuse color of a UsdPreviewSurface; other shaders are reported."
+    "Diffuse color, opacity and emitted light of a UsdPreviewSurface; other shaders are reported."
     key = str(material.GetPath())
     if key in reader.paints:
         return reader.paints[key]
@@ -175,11 +204,15 @@ def _paint(reader: _Reader, material) -> _Paint:
         if kind == "UsdUVTexture":
             painted = Material(key, texture=_texture(reader, source), texture_times_factor=False)
             paint = _Paint(painted, _uv_name(source))
+            _add_opacity(surface, source, painted)
         elif kind is not None:
             paint = _Paint(display_color=True)
         else:
             color = value.Get() if value else None
             paint = _Paint(Material(key, factor=np.full(3, 0.18) if color is None else np.array(color)))
+            _add_opacity(surface, None, paint.material)
+        if paint.material is not None:
+            _add_emission(reader, surface, paint)
     reader.paints[key] = paint
     return paint
 
@@ -230,13 +263,13 @@ def _add_part(
                 vertices[surface.faces].reshape(-1, 3), np.arange(surface.faces.size).reshape(-1, 3)
             )
             surface.vertex_colors = colors[selected].reshape(-1, 3).clip(0, 1).astype(np.float32)
-    elif paint.material.texture is not None:
+    elif paint.material.texture is not None or paint.material.emission is not None:
         uv = _per_corner(faces, primvar_values(prim, paint.uv_name, 2))
-        if uv is None:
+        if uv is None and paint.material.texture is not None:
             reader.note(
                 f"{prim.GetName()} has a texture but no texture coordinates {paint.uv_name!r}; its color is unknown"
             )
-        else:
+        elif uv is not None:
             surface.uvs = [np.stack([uv[selected][..., 0], 1 - uv[selected][..., 1]], -1)]
     reader.surfaces.append(surface)
 

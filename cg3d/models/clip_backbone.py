@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NANO_CONFIG', 'PRIVATE', 'CONFIG_FILE', 'cg3d_nano_vit', 'register_nano_vit', 'fit_images', 'missing_private',
-           'weights_stamp', 'update_hash', 'FrozenClip', 'Backbone', 'load_backbone']
+           'weights_stamp', 'update_hash', 'FrozenClip', 'Backbone', 'as_backbone', 'load_backbone']
 
 # %% ../../nbs/models/06_clip_backbone.ipynb #da4b9237
 import contextlib
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from ..core.device import pick_device
 from ..core.errors import InputError, KindError, MissingFile
 from ..core.paths import data_dir
-from .nano_clip import Tokenizer, load_nano
+from .nano_clip import ClipTowers, Tokenizer, load_nano
+from .slip import load_slip
 
 # %% ../../nbs/models/06_clip_backbone.ipynb #ac3478d6
 def cg3d_nano_vit(
@@ -485,6 +486,14 @@ def _load_local(clip: str, folder: Path, weights: str | None) -> tuple[nn.Module
     return _create(f"local-dir:{folder}", weights)
 
 
+def as_backbone(
+    towers: ClipTowers,  # with values
+    name: str,  # for messages
+) -> Backbone:  # frozen
+    "Towers that read CLIP's tokens (those of SLIP, for example), with CLIP's tokenizer."
+    return Backbone(towers, Tokenizer(len(towers.positional_embedding)), name)
+
+
 def load_backbone(
     clip: str | Path = "nano",  # "nano", a folder, an open_clip model name, hf-hub:ORG/NAME, or a SLIP file
     weights: str | None = None,  # open_clip tag or file for a model name; "random" for untrained weights
@@ -500,10 +509,8 @@ def load_backbone(
     if folder is not None:
         model, tokenizer = _load_local(clip, folder, weights)
     elif clip.endswith((".pt", ".pth")):
-        from cg3d.models.slip import load_slip
-
         _refuse_weights(clip, weights)
-        return load_slip(clip, device)[0]
+        return as_backbone(load_slip(clip)[0], Path(clip).name).to(device)
     else:
         if not clip.startswith("hf-hub:"):
             _check_name(clip, weights)

@@ -16,18 +16,26 @@ from torch import Tensor, nn
 
 from ..core.device import pick_device
 from ..core.errors import InputError, MissingFile
-from ..core.state_dict import Checkpoint, LoadReport, Source, fill, read_checkpoint, report, set_aside
-from ..geometry.ops import with_color
-from ..io.shape import TURN, Shape
+from cg3d.core.state_dict import (
+    LoadReport,
+    WeightFile,
+    WeightSource,
+    build_load_report,
+    fill_module,
+    read_checkpoint,
+    set_aside,
+)
+from ..geometry.ops import normalize, with_color
+from ..io.shape import Shape
 from ..models.cg3d import CG3D, CG3DConfig, device_beside
-from ..models.clip_backbone import Backbone, load_backbone
+from ..models.clip_backbone import Backbone, as_backbone, load_backbone
 from ..models.hub import check_repo, with_hub
 from ..models.point_transformer import PointTransformerConfig
 from ..models.pointmlp import PointMLPConfig
 from ..models.prompts import Prompts
 from ..models.registry import PointEncoder
 from ..models.slip import UNUSED as SLIP_UNUSED
-from ..models.slip import as_backbone, build_slip, load_slip, slip_name
+from ..models.slip import build_slip, load_slip, slip_name
 from .grouping import Grouping, PointBERT, RuledPointMLP
 from .openshape import PPAT, PPATConfig
 from .specs import CONTRACTS, SCALINGS, Contract, fit_clouds
@@ -35,7 +43,7 @@ from .uni3d import Uni3D, Uni3DConfig
 
 # %% ../../nbs/pretrained/04_loading.ipynb #b46c32aa
 def _pointbert_network(
-    s: Source, contract: Contract, at: str
+    s: WeightSource, contract: Contract, at: str
 ) -> PointBERT:  # `at`: where the encoder stands, "" or "point_encoder."
     width = s.size(f"{at}cls_token", 2, 3)
     config = PointTransformerConfig(
@@ -61,7 +69,7 @@ def _pointbert_network(
         return PointBERT(config, grouping, bias=not at)
 
 
-def _pointmlp_network(s: Source, contract: Contract, at: str) -> RuledPointMLP:
+def _pointmlp_network(s: WeightSource, contract: Contract, at: str) -> RuledPointMLP:
     stages = s.count(f"{at}local_grouper_list.")
     widths = [s.size(f"{at}embedding.net.0.weight", 0, 3)] + [
         s.size(f"{at}pre_blocks_list.{i}.transfer.net.0.weight", 0, 3) for i in range(stages)
@@ -85,7 +93,7 @@ def _pointmlp_network(s: Source, contract: Contract, at: str) -> RuledPointMLP:
 
 # %% ../../nbs/pretrained/04_loading.ipynb #f4193d5b
 def _ppat_network(
-    s: Source, contract: Contract, at: str, projected: bool
+    s: WeightSource, contract: Contract, at: str, projected: bool
 ) -> PPAT:  # `at`: in front of "sa.", "lift." and so on
     width = s.size(f"{at}cls_token", 0, 1)
     layer = f"{at}transformer.layers.0"
@@ -106,7 +114,7 @@ def _ppat_network(
         return PPAT(config, projected, contract.skip_below, contract.ties)
 
 
-def _uni3d_network(s: Source, contract: Contract, at: str = "point_encoder.") -> Uni3D:
+def _uni3d_network(s: WeightSource, contract: Contract, at: str = "point_encoder.") -> Uni3D:
     block, width = f"{at}visual.blocks.0", s.size(f"{at}cls_token", 2, 3)
     style = "eva02" if f"{block}.mlp.fc1_g.weight" in s else None
     hidden = s.size(f"{block}.mlp.fc2.weight", 1, 2)
@@ -137,7 +145,7 @@ FAMILIES = ("cg3d", "ulip", "ulip2", "openshape", "uni3d")
 
 
 def recognize(
-    source: Source,
+    source: WeightSource,
 ) -> str:  # one of FAMILIES
     "The family that a checkpoint's names belong to. Raises InputError if they belong to none."
     s = source
@@ -167,7 +175,7 @@ def recognize(
     )
 
 
-def _checked_family(s: Source, family: str | None) -> str:
+def _checked_family(s: WeightSource, family: str | None) -> str:
     recognized = recognize(s)
     if family is None:
         return recognized
@@ -185,7 +193,7 @@ def _checked_family(s: Source, family: str | None) -> str:
 
 # %% ../../nbs/pretrained/04_loading.ipynb #dc112f79
 def _contract(
-    s: Source, family: str
+    s: WeightSource, family: str
 ) -> tuple[Contract, tuple[str, ...]]:  # the published row for these tensors, and what was assumed
     if family == "uni3d":
         return CONTRACTS["uni3d"], ()
@@ -208,20 +216,7 @@ def _contract(
     )
 
 
-def _ulip2_contract(s: Source) -> tuple[Contract, tuple[str, ...]]:
-    if s.size("point_encoder.encoder.first_conv.0.weight", 1, 3) == 6:
-        return CONTRACTS["ulip2/pointbert"], ()
-    contract = CONTRACTS["ulip2/pointbert-xyz"]
-    if re.search(r"(?<!\d)(8k|8192)(?!\d)", Path(s.path).stem.lower()):
-        return replace(contract, points=8192), ()
-    if re.search(r"(?<!\d)(10k|10000)(?!\d)", Path(s.path).stem.lower()):
-        return contract, ()
-    return contract, (
-        "10,000 points assumed: the file name does not say for how many points these weights were trained (set points=)",
-    )
-
-
-def _openshape_contract(s: Source) -> Contract:
+def _openshape_contract(s: WeightSource) -> Contract:
     if s.under("pc_encoder.ppat."):
         return CONTRACTS["openshape/vitl14"]
     if s.under("pc_encoder."):
@@ -374,11 +369,11 @@ UNUSED = {  # per family: front of a name (regular expression), why it is not ne
 _TRAINING = [(r"(optimizer|scaler|scheduler|lr_scheduler)\.", "training state")]
 
 
-def _network(s: Source, family: str, contract: Contract) -> PointEncoder:  # filled
+def _network(s: WeightSource, family: str, contract: Contract) -> PointEncoder:  # filled
     if family == "openshape":
         at = next((at for at in ("pc_encoder.ppat.", "pc_encoder.") if s.under(at)), "ppat.")
         network = _ppat_network(s, contract, at, projected=at != "pc_encoder.")
-        fill(
+        fill_module(
             s,
             network,
             lambda name: (
@@ -393,12 +388,12 @@ def _network(s: Source, family: str, contract: Contract) -> PointEncoder:  # fil
             if "point_encoder.visual.fc_norm.weight" in s or "point_encoder.visual.norm.weight" not in s
             else "norm"
         )
-        fill(s, network, lambda name: "point_encoder." + name.replace("fc_norm", norm), "3D encoder")
+        fill_module(s, network, lambda name: "point_encoder." + name.replace("fc_norm", norm), "3D encoder")
     else:
         at = "" if family == "cg3d" else "point_encoder."
         build = _pointmlp_network if s.under(f"{at}local_grouper_list.") else _pointbert_network
         network = build(s, contract, at)
-        fill(
+        fill_module(
             s,
             network,
             lambda name: "pc_projection" if at and name == "projection.weight" else at + name,
@@ -408,7 +403,7 @@ def _network(s: Source, family: str, contract: Contract) -> PointEncoder:  # fil
     return network
 
 
-def _scale(s: Source) -> float | None:  # the file's factor on similarities
+def _scale(s: WeightSource) -> float | None:  # the file's factor on similarities
     for name in ("logit_scale", "logit_scale.logit_scale"):
         if name in s:
             if s[name].numel() != 1:
@@ -420,7 +415,7 @@ def _scale(s: Source) -> float | None:  # the file's factor on similarities
     return None
 
 # %% ../../nbs/pretrained/04_loading.ipynb #1607eee5
-def _slip_towers(s: Source) -> Backbone | None:  # those in the file itself: ULIP's
+def _slip_towers(s: WeightSource) -> Backbone | None:  # those in the file itself: ULIP's
     if not any(
         s.under(prefix)
         for prefix in ("visual.", "transformer.", "token_embedding", "text_projection", "image_projection")
@@ -431,26 +426,26 @@ def _slip_towers(s: Source) -> Backbone | None:  # those in the file itself: ULI
             f"{s.path}: {s.full['pc_projection']!r} has shape {tuple(s['pc_projection'].shape)}, but {s.full['text_projection']!r} ends in {s.size('text_projection', 1, 2)} numbers"
         )
     towers = build_slip(s)
-    fill(s, towers, slip_name, "image and text towers")
+    fill_module(s, towers, slip_name, "image and text towers")
     return as_backbone(towers, f"SLIP in {Path(s.path).name}")
 
 
 def _cg3d_towers(
-    s: Source, path: Path
-) -> tuple[Backbone, Prompts | None, Source]:  # SLIP's file, with CG3D's image tower in it
-    slip = Source(read_checkpoint(path), "slip")
+    s: WeightSource, path: Path
+) -> tuple[Backbone, Prompts | None, WeightSource]:  # SLIP's file, with CG3D's image tower in it
+    slip = WeightSource(read_checkpoint(path), "slip")
     if not s.under("visual_clip_model."):
         towers = build_slip(slip)
-        fill(slip, towers, slip_name, "image and text towers")
+        fill_module(slip, towers, slip_name, "image and text towers")
         set_aside(slip, SLIP_UNUSED)
         return as_backbone(towers, path.name), None, slip
     tuned = [name for name in s.under("visual_clip_model.") if not name.endswith("prompt_embeddings")]
     both = {slip.full[name]: slip[name] for name in slip.full if not name.startswith("visual.")} | {
         s.full[name]: s[name] for name in tuned
     }
-    whole = Source(Checkpoint(s.path, both, {}), "cg3d")  # SLIP's text side, CG3D's image tower
+    whole = WeightSource(WeightFile(s.path, both, {}), "cg3d")  # SLIP's text side, CG3D's image tower
     towers = build_slip(whole, "visual_clip_model.")
-    fill(whole, towers, lambda name: re.sub(r"^visual\.", "visual_clip_model.", slip_name(name)), "")
+    fill_module(whole, towers, lambda name: re.sub(r"^visual\.", "visual_clip_model.", slip_name(name)), "")
     for name in tuned:
         s.roles[name] = (True, "image tower")
     text = {slip_name(name) for name in towers.state_dict()}
@@ -464,9 +459,9 @@ def _cg3d_towers(
     return backbone, _prompts(s, backbone), slip
 
 
-def _prompts(s: Source, backbone: Backbone) -> Prompts:
+def _prompts(s: WeightSource, backbone: Backbone) -> Prompts:
     prompts = Prompts(backbone, visual="deep", tokens=s.size("visual_clip_model.prompt_embeddings", 1, 3))
-    fill(s, prompts, lambda name: f"visual_clip_model.{name}", "visual prompts")
+    fill_module(s, prompts, lambda name: f"visual_clip_model.{name}", "visual prompts")
     return prompts.requires_grad_(False)
 
 # %% ../../nbs/pretrained/04_loading.ipynb #7e3697ff
@@ -584,7 +579,7 @@ def _changed(contract: Contract, changes: dict) -> Contract:
 
 
 def assemble(
-    checkpoint: Checkpoint,
+    checkpoint: WeightFile,
     family: str | None = None,  # None: recognized
     changes: dict | None = None,  # fields of the contract to change
     clip: str | Path | Backbone | None = None,
@@ -592,7 +587,7 @@ def assemble(
     strict: bool = True,
 ) -> PublishedModel:
     "`load_published` for a file that is already read."
-    s = Source(checkpoint)
+    s = WeightSource(checkpoint)
     s.family = family = _checked_family(s, family)
     contract, notes = _contract(s, family)
     contract = _changed(contract, changes or {})
@@ -608,16 +603,13 @@ def assemble(
     towers, prompts, others, missing = _towers(s, family, clip, clip_weights)
     scale = _scale(s)
     set_aside(s, UNUSED[family] + _TRAINING)
-    if not strict:
-        for source in (s, *others):
-            set_aside(source, [("", "unexpected, set aside by strict=False")])
-    done = report([s, *others], notes)
+    done = build_load_report([s, *others], notes)
     return PublishedModel(encoder, done, towers, prompts, scale, missing)
 
 # %% ../../nbs/pretrained/04_loading.ipynb #3ec65638
 def _towers(
-    s: Source, family: str, clip, clip_weights
-) -> tuple[Backbone | None, Prompts | None, list[Source], str]:
+    s: WeightSource, family: str, clip, clip_weights
+) -> tuple[Backbone | None, Prompts | None, list[WeightSource], str]:
     "The towers, CG3D's prompts, further files that were read, and what to say where there are none."
     inside = _slip_towers(s) if family == "ulip" else None
     if isinstance(clip, Backbone):
@@ -627,7 +619,7 @@ def _towers(
         backbone, prompts, other = _cg3d_towers(s, slip)
         return backbone, prompts, [other], ""
     if slip is not None:
-        return load_slip(slip, "cpu")[0], None, [], ""
+        return as_backbone(load_slip(slip)[0], slip.name), None, [], ""
     if clip is not None:
         return _with_prompts(s, family, load_backbone(clip, clip_weights, "cpu"))
     if inside is not None:
@@ -654,8 +646,8 @@ def _towers(
 
 
 def _with_prompts(
-    s: Source, family: str, backbone: Backbone
-) -> tuple[Backbone, Prompts | None, list[Source], str]:
+    s: WeightSource, family: str, backbone: Backbone
+) -> tuple[Backbone, Prompts | None, list[WeightSource], str]:
     prompts = (
         _prompts(s, backbone) if family == "cg3d" and "visual_clip_model.prompt_embeddings" in s else None
     )
@@ -664,7 +656,7 @@ def _with_prompts(
     return backbone, prompts, [], ""
 
 
-def _slip_path(s: Source, family: str, clip, clip_weights) -> Path | None:
+def _slip_path(s: WeightSource, family: str, clip, clip_weights) -> Path | None:
     if clip == "slip" and clip_weights is not None:
         clip = clip_weights
     if isinstance(clip, (str, Path)) and Path(clip).is_file():

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ..core.errors import InputError, MissingPackage
 from ..geometry.ops import MISSING_COLOR
-from ..io.color import surface_colors
-from ..io.mesh import Mesh, double_areas, from_trimesh
+from ..io.mesh import Mesh, double_areas, from_trimesh, surface_colors, surface_visible
 from ..io.read import read_mesh
 from ..io.shape import TURN
 from .cameras import Cameras, ViewSettings, broadcast_angles, cameras, ring_views
@@ -102,6 +101,33 @@ def _hit_colors(
     return torch.from_numpy(np.nan_to_num(colors, nan=MISSING_COLOR)).float()
 
 
+def _layers(
+    mesh: Mesh | None,  # None: a PyTorch3D Meshes
+) -> int:  # how many faces one behind the other may be needed for a pixel
+    materials = [] if mesh is None else [surface.material for surface in mesh.surfaces]
+    return 8 if any(each is not None and each.visible_alpha is not None for each in materials) else 1
+
+
+def _skip_invisible(
+    mesh: Mesh,
+    found,  # fragments of the rasterizer, several faces a pixel; changed in place
+) -> None:
+    "Put the first visible face of each pixel, or none (-1), into the first layer."
+    faces, barycentric = found.pix_to_face[0], found.bary_coords[0]
+    hit = faces >= 0
+    face, weights = faces[hit].numpy(), barycentric[hit].numpy()
+    visible, first = np.ones(len(face), bool), 0
+    for surface in mesh.surfaces:
+        mine = (face >= first) & (face < first + len(surface.faces))
+        visible[mine] = surface_visible(surface, face[mine] - first, weights[mine])
+        first += len(surface.faces)
+    faces[hit] = torch.from_numpy(np.where(visible, face, -1))
+    for layer in range(1, faces.shape[-1]):
+        fill = (faces[..., 0] < 0) & (faces[..., layer] >= 0)
+        faces[..., 0][fill] = faces[..., layer][fill]
+        barycentric[..., 0, :][fill] = barycentric[..., layer, :][fill]
+
+
 @torch.no_grad()
 def render_mesh(
     mesh: Any,  # path, Mesh, trimesh.Trimesh, trimesh.Scene, or one PyTorch3D Meshes that has textures
@@ -111,8 +137,8 @@ def render_mesh(
     settings: ViewSettings = ViewSettings(),  # camera and light
     up: str | None = None,  # up axis, y or z; None: as the file states, else y (Meshes are taken as they are)
     smooth: int = 2,  # pixels are averaged from smooth x smooth samples
-) -> Tensor:  # views, (1, V, 3, size, size), [0, 1], white ground; on the device of Meshes, else on the CPU
-    """Views of one mesh, cameras and light as in `render_points`; transparency is drawn opaque.
+) -> Tensor:  # views, (1, V, 3, size, size), [0, 1], white ground
+    """Views of one mesh, cameras and light as in `render_points`; what is too transparent (`visible_alpha`) is not drawn.
 
     Raises `InputError` for a mesh without triangles, `KindError` for an object that is no mesh, `MissingPackage`
     without PyTorch3D."""
@@ -127,12 +153,12 @@ def render_mesh(
         triangles = torch.from_numpy(np.concatenate(corners)).float()
         solid = structures.Meshes([triangles.reshape(-1, 3)], [torch.arange(3 * len(triangles)).view(-1, 3)])
     normals = torch.linalg.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
-    azimuth, elevation = broadcast_angles(azimuth, elevation, 1, triangles.device)
-    raster = renderer.RasterizationSettings(image_size=size * smooth, faces_per_pixel=1, bin_size=0)
+    raster = RasterizationSettings(image_size=size * smooth, faces_per_pixel=_layers(placed), bin_size=0)
     views = []
-    for angles in zip(azimuth[0].split(1), elevation[0].split(1)):
-        viewpoint = cameras(*angles, settings)
-        found = renderer.MeshRasterizer(_pytorch3d_camera(renderer, viewpoint), raster)(solid)
+    for camera in cameras(azimuth[0], elevation[0], settings):
+        found = MeshRasterizer(camera, raster)(solid)
+        if raster.faces_per_pixel > 1:
+            _skip_invisible(placed, found)
         hit = found.pix_to_face[0, ..., 0] >= 0
         face, barycentric = found.pix_to_face[0, ..., 0][hit], found.bary_coords[0, ..., 0, :][hit]
         if placed is None:

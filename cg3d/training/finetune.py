@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..core.atomic import write_file
 from ..core.config import check_choice, check_settings, split_list, write_settings
+from ..core.device import pick_device
 from ..core.errors import Diverged, InputError, MissingFile
 from ..core.malloc import keep_freed_memory
 from ..core.metrics import mean_class_accuracy, top_k
@@ -43,7 +44,7 @@ from cg3d.training.init import (
     hold_out,
     temporary_seed,
 )
-from .learner import learning_rate_factor, parameter_groups, pick_device, use_bf16
+from .learner import learning_rate_factor, parameter_groups, use_bf16
 
 # %% ../../nbs/training/07_finetune.ipynb #c05
 @dataclass(frozen=True)

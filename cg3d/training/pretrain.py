@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.device import pick_device
 from ..data.captions import TextMix
 from ..data.furniture import furniture
 from ..data.registry import read_dataset
@@ -25,7 +26,7 @@ from ..models.clip_backbone import Backbone
 from ..render.view_cache import ViewCache
 from .callbacks import standard_callbacks
 from .config import TrainConfig, encoder_choice
-from .learner import Learner, pick_device, use_bf16
+from .learner import Learner, use_bf16
 from .losses import TriModalLoss
 from .tower_features import add_cached_features, text_features
 
