@@ -582,7 +582,7 @@ def test_the_published_score_is_the_raw_surface_in_one_gray(models, tmp_path):
     mesh.export(tmp_path / "box.glb")
     uni3d = models["uni3d/ti"]
     xyz, _ = read_points(tmp_path / "box.glb", 8192, seed=3)
-    assert xyz[:, 0].min() >= 3.5 and np.ptp(xyz[:, 0]) > 2.9
+    assert xyz[:, 0].min() > 3.49 and np.ptp(xyz[:, 0]) > 2.9
     gray = np.concatenate([xyz, np.full_like(xyz, 100 / 255)], 1).astype(np.float32)
     with torch.no_grad():
         want = torch.nn.functional.normalize(uni3d.encoder.network(torch.from_numpy(gray)[None]), dim=-1)[0]
