@@ -38,10 +38,10 @@ def _caller() -> str:
     return "outside"
 
 
-def _answer(like: Tensor) -> Tensor:
+def _answer(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     "A real tensor on the CPU, in the place of a fake one that the host wants to read."
     with unset_fake_temporarily():
-        return torch.ones(tuple(like.shape), dtype=like.dtype)
+        return torch.ones(tuple(like.shape), dtype=dtype or like.dtype)
 
 
 class RecordSynchronizations(TorchDispatchMode):
@@ -82,8 +82,7 @@ class RecordSynchronizations(TorchDispatchMode):
         if torch.device(kwargs.get("device") or CUDA).type != "cpu":
             return func(*args, **kwargs)
         self.callers.append(_caller())
-        answer = _answer(args[0])
-        return answer.to(kwargs.get("dtype") or answer.dtype)
+        return _answer(args[0], kwargs.get("dtype"))
 
     def nonzero(self, func, args, kwargs):
         self.callers.append(_caller())

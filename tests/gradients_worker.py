@@ -31,8 +31,6 @@ config = settings_from(
     }
     | dict(pair.split("=") for pair in more),
 )
-if os.environ.get("CG3D_TEST_BACKEND") and "RANK" in os.environ:  # two processes on one GPU
-    torch.distributed.init_process_group(os.environ["CG3D_TEST_BACKEND"])
 triplets = make_triplets(read_data("furniture"), config, progress=False)
 with process_group(config):
     learner = make_learner(config, out, triplets, progress=False)

@@ -1,34 +1,24 @@
 """The whole tensor code on fake CUDA tensors: no operation mixes devices, and every host synchronization is known.
 
-Forward, backward and update run as they do on a GPU, in bf16 where `precision=auto` chooses it there. Two things are
-not covered here but in test_gpu.py: values, and operations that only a real GPU has (NCCL, PyTorch3D's kernels).
+The learner's steps run forward, backward and update as on a GPU, in bf16 where `precision=auto` chooses it there.
+Not covered: values, and operations that only a real GPU has (NCCL, PyTorch3D's kernels).
 """
 
-import contextlib
 import copy
 from collections import Counter
 from unittest.mock import patch
 
-import pandas as pd
 import pytest
 import torch
 from fake_cuda import CUDA, backward, fake_cloud, fake_cuda, fake_module
-from published_layouts import write_layout
 from torch import nn
 
-from cg3d.evaluation.embedding_benchmark import evaluate_points
-from cg3d.evaluation.linear_probe import few_shot, linear_probe
 from cg3d.geometry.augment import Augment
 from cg3d.geometry.corruptions import CORRUPTIONS
-from cg3d.io.collection import write_collection
-from cg3d.io.shape import Shape
 from cg3d.models.cg3d import CG3D, CG3DConfig
 from cg3d.models.clip_backbone import load_backbone
 from cg3d.models.registry import create_encoder, list_encoders
-from cg3d.pretrained.loading import load_published
 from cg3d.training.config import TrainConfig
-from cg3d.training.finetune import FineTuneConfig, fine_tune
-from cg3d.training.init import Examples
 from cg3d.training.learner import Learner
 from cg3d.training.losses import PAIRS, POSITIVES, TriModalLoss
 from cg3d.training.pretrain import augment_images, none_or_name
@@ -39,12 +29,6 @@ ALLOWED_IN_A_STEP = {  # of pre-training: once a step
     "training/learner.py:reduce": "all losses in one vector",
 }
 WARM_UP = {"models/layers.py:batches_seen": "reads its counter once, then keeps it on the host"}
-ALLOWED_IN_FINE_TUNING = {
-    "training/finetune.py:train_epoch": "loss, norm of the gradient and hits of a step in one vector",
-    "training/finetune.py:run": "scores of an evaluation",
-    "training/finetune.py:features": "features of the frozen encoder, once before the training",
-    "training/finetune.py:fine_tune": "the trained classifier goes to the CPU",
-}
 
 
 def test_fake_cuda_refuses_mixed_devices():
@@ -114,27 +98,7 @@ def test_encoders(name, train):
     with fake_cuda() as recorder:
         out = fake_module(encoder)(fake_cloud(points=1024))
         assert out.device == CUDA and out.shape == (4, encoder.config.dim)
-        if train:
-            out.square().sum().backward()
-            assert all(value.grad.device == CUDA for value in encoder.parameters())
     assert set(recorder.callers) <= (set(WARM_UP) if train else set()), recorder.callers
-
-
-PUBLISHED = ("cg3d/point_transformer", "ulip/pointbert", "ulip2/pointbert", "openshape/bigG", "uni3d/ti")
-
-
-@pytest.mark.parametrize("layout", PUBLISHED)
-def test_published_encoders(layout, tmp_path):
-    encoder = load_published(write_layout(tmp_path / "weights.pt", layout, small_towers=True)).encoder.train()
-    with fake_cuda() as recorder, torch.autocast("cuda", torch.bfloat16):
-        out = fake_module(encoder)(fake_cloud(points=1024))
-        assert out.device == CUDA and out.ndim == 2 and len(out) == 4
-        out.float().square().sum().backward()
-        grads = [
-            value.grad for value in encoder.parameters() if value.requires_grad and value.grad is not None
-        ]
-        assert grads and all(grad.device == CUDA for grad in grads)
-    assert recorder.callers == [], recorder.callers
 
 
 @pytest.mark.parametrize("preset", ["none", "summary", "official", "sensor"])
@@ -266,70 +230,3 @@ def test_steps_of_the_learner(name):
         learner.reader.shutdown()
         trained = [value for group in learner.optimizers[0].param_groups for value in group["params"]]
         assert trained and all(value.grad.device == CUDA for value in trained)
-
-
-def examples() -> Examples:
-    torch.manual_seed(0)
-    return Examples(torch.rand(12, 128, 6), torch.arange(12) % 2, ("chair", "table"))
-
-
-@pytest.mark.parametrize("mode", ["head", "full"])
-def test_fine_tuning(mode):
-    config = FineTuneConfig(
-        device="auto",
-        points=64,
-        epochs=2,
-        head_epochs=2,
-        min_steps=4,
-        batch_size=4,
-        watch=1,
-        augment="sensor",
-    )
-    start = create_encoder("pointnet", dim=32)
-    with fake_cuda() as recorder, contextlib.ExitStack() as stack:
-        stack.enter_context(patch("cg3d.training.finetune.pick_device", lambda name: CUDA))
-        nothing = contextlib.nullcontext  # seeding a GPU needs one; see test_finetune.py
-        stack.enter_context(patch("cg3d.training.finetune.temporary_seed", lambda seed, device: nothing()))
-        result = fine_tune(start, examples(), config, mode, watch=examples())
-    assert {value.device.type for value in result.classifier.parameters()} == {"cpu"}
-    assert {value.device.type for value in start.parameters()} == {"cpu"}
-    assert set(recorder.callers) <= {*ALLOWED_IN_FINE_TUNING, *WARM_UP}, recorder.callers
-    steps = Counter(recorder.callers)["training/finetune.py:train_epoch"]
-    assert steps == result.history["steps"].iloc[-1]  # once a step
-
-
-@pytest.fixture
-def collection(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    shapes = []
-    for i in range(16):
-        xyz, rgb = (torch.rand(160, 3, generator=generator).numpy() for _ in range(2))
-        shapes.append(Shape(xyz, rgb, name=("chair", "table")[i % 2], id=str(i), source="toys"))
-    columns = pd.DataFrame(
-        {
-            "split": ["train"] * 8 + ["test"] * 8,
-            "category": [shape.name for shape in shapes],
-            "caption": [f"a {shape.name} {shape.id}" for shape in shapes],
-        }
-    )
-    write_collection(tmp_path / "toys", shapes, n=128, columns=columns)
-    from cg3d.io.collection import read_collection
-
-    return read_collection(tmp_path / "toys")
-
-
-def test_evaluation_leaves_the_model_on_its_device(collection, tmp_path):
-    """Evaluator, probe and few-shot with a model on CUDA; afterwards the model still answers there."""
-    model = model_of(TrainConfig(encoder="pointnet", points=64))
-    train, test = collection.select(split="train"), collection.select(split="test")
-    with fake_cuda():
-        fake_module(model)
-        table = evaluate_points(model, collection)
-        assert len(table) == 5
-        probe = linear_probe(model, train, test, penalties=[0.1], folds=2, cache=tmp_path)
-        shots = few_shot(model, train, test, shots=[1], seeds=2, cache=tmp_path)
-        assert len(probe) == 1 and len(shots)
-        assert len(model.classify(test.points(), ["chair", "table"])) == 16
-        out = model.encode_shape(test.points())
-        assert out.device == CUDA and out.shape == (8, model.backbone.dim)
-    assert {value.device.type for value in model.parameters()} == {"cuda"}
