@@ -384,7 +384,7 @@ def test_running_averages_in_ten_parts_are_sequential():
     torch.manual_seed(0)
     parts = list((torch.randn(40, 3) + torch.arange(40)[:, None]).split(4))
     parted, sequential = WarmBatchNorm1d(3).train(), WarmBatchNorm1d(3).train()
-    (embeddings,), backward = grad_cache(lambda part: (parted(part),), parts, list(parted.buffers()))
+    (embeddings,), backward = grad_cache(lambda part: (parted(part),), parts, parted)
     embeddings.square().sum().backward()
     backward()
     for part in parts:
@@ -435,6 +435,42 @@ def test_views_may_come_as_bytes(config, backbone):
     run.prefetched = None
     assert triplets.batch([0, 1], 0)["images"].dtype == torch.uint8
     assert torch.equal(run.batch()["images"], floats)
+
+
+@pytest.mark.parametrize("schedule", ["joint", "frozen"])
+def test_several_views_and_texts_of_a_shape_in_one_step(config, backbone, schedule):
+    several = replace(
+        config,
+        schedule=schedule,
+        positives="decoupled",
+        visual_prompt="none" if schedule == "frozen" else "deep",
+        views_per_step=2,
+        texts_per_step=2,
+        part=3,
+    )
+    run = learner(several, backbone).fit()
+    assert run.step == 6 and np.isfinite(run.logs["loss"]) and run.skipped == 0
+    run.reader = type(run.reader)(1)
+    batch = run.batch()
+    run.reader.shutdown()
+    points, image, text = run.features(batch, run.phases[0])
+    assert points.shape[:1] == (4,) and image.shape[:2] == text.shape[:2] == (4, 2)
+    assert all(len(group) == 2 for group in batch["texts"]) and batch["view"].shape == (4, 2)
+    own = run.towers.text([batch["texts"][3][1]])[0]  # row 3, second text
+    torch.testing.assert_close(text[3, 1], own)
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"views_per_step": 3}, "views_per_step=3, but a shape has views=2"),
+        ({"texts_per_step": 2, "positives": "similar"}, "one view and one text"),
+        ({"texts_per_step": 0}, "texts_per_step"),
+    ],
+)
+def test_wrong_numbers_of_positives(config, wrong, words):
+    with pytest.raises(ValueError, match=words):
+        replace(config, **wrong)
 
 
 def test_texts_keep_their_order(config, backbone):

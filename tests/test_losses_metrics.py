@@ -61,6 +61,73 @@ def test_hard_negatives_push_the_hardest_more():
     assert share[1] > share[0]
 
 
+def test_decoupled_positives_do_not_compete():
+    """Written out with loops over rows, positives and negatives, twins by text included."""
+    generator = torch.Generator().manual_seed(5)
+    points, image, text = (F.normalize(torch.randn(6, n, 8, generator=generator), dim=-1) for n in (1, 3, 2))
+    texts = [["chair", "seat"], ["chair", "stool"], *([f"thing {i}", f"object {i}"] for i in range(4))]
+    loss = losses.TriModalLoss(positives="decoupled")(points[:, 0], image, text, texts)
+
+    def one_way(rows, columns, twins):
+        terms = []
+        for i in range(6):
+            for row_number, row in enumerate(rows[i]):
+                others = [
+                    (row @ columns[j, m] / 0.07).exp()
+                    for j in range(6)
+                    for m in range(columns.shape[1])
+                    if j != i and not twins(i, row_number, j, m)
+                ]
+                for column in columns[i]:
+                    own = (row @ column / 0.07).exp()
+                    terms.append(-(own / (own + sum(others))).log())
+        return torch.stack(terms).mean()
+
+    def either(i, _k, j, _m):
+        return bool(set(texts[i]) & set(texts[j]))
+
+    expected = {
+        "3d_text": one_way(points, text, lambda i, k, j, m: texts[j][m] in texts[i])
+        + one_way(text, points, lambda i, k, j, m: texts[i][k] in texts[j]),
+        "3d_image": one_way(points, image, either) + one_way(image, points, either),
+        "image_text": one_way(image, text, lambda i, k, j, m: texts[j][m] in texts[i])
+        + one_way(text, image, lambda i, k, j, m: texts[i][k] in texts[j]),
+    }
+    for pair, value in expected.items():
+        torch.testing.assert_close(loss[pair], value / 2)
+    torch.testing.assert_close(loss["loss"], sum(expected.values()) / 2)
+
+
+def test_one_positive_is_the_loss_with_equal_captions_left_out():
+    sides, texts = embeddings(), ["chair"] * 3 + [f"thing {i}" for i in range(9)]
+    decoupled, masked = (
+        losses.TriModalLoss(positives=kind, hard_negatives=0.3)(*sides, texts)
+        for kind in ("decoupled", "masked")
+    )
+    for name, value in decoupled.items():
+        torch.testing.assert_close(value, masked[name])
+
+
+@pytest.mark.parametrize("positives", ["caption", "masked", "diagonal", "decoupled"])
+@pytest.mark.parametrize(
+    "texts", [[("chair", "seat")] * 5, [(f"thing {i}", f"object {i}") for i in range(5)]]
+)
+def test_several_positives_have_finite_gradients(positives, texts):
+    generator = torch.Generator().manual_seed(1)
+    points, image, text = (
+        torch.randn(5, *shape, generator=generator).requires_grad_() for shape in ((8,), (3, 8), (2, 8))
+    )
+    out = losses.TriModalLoss(positives=positives, hard_negatives=0.4)(points, image, text, texts)
+    out["loss"].backward()
+    assert out["loss"].isfinite() and all(side.grad.isfinite().all() for side in (points, image, text))
+
+
+def test_similar_texts_take_one_positive():
+    points, image, text = torch.randn(4, 8), torch.randn(4, 2, 8), torch.randn(4, 8)
+    with pytest.raises(ValueError, match="takes one view and one text"):
+        losses.TriModalLoss(positives="similar")(points, image, text, ["a", "b", "c", "d"])
+
+
 def test_ranks_match_torchmetrics():
     retrieval = pytest.importorskip("torchmetrics.functional.retrieval")
     from torchmetrics.functional.classification import multiclass_accuracy, multiclass_jaccard_index

@@ -49,6 +49,7 @@ def furthest(a, b, part="gradients"):
     [
         ("point_transformer_small drop_path=0", ["visual_prompt=deep"]),
         ("pointmlp_small", ["positives=similar", "hard_negatives=0.3", "visual_prompt=none"]),
+        ("pointnet", ["positives=decoupled", "views=3", "views_per_step=2", "texts_per_step=2"]),
     ],
 )
 def test_two_processes_of_32_have_the_gradients_of_one_of_64(tmp_path, encoder, more):
@@ -64,11 +65,14 @@ def test_two_processes_of_32_have_the_gradients_of_one_of_64(tmp_path, encoder, 
     assert furthest(one, two, "buffers") < 1e-5  # batch norm has seen all 64
 
 
-def test_a_batch_in_parts_has_the_gradients_of_the_whole(tmp_path):
-    words = ["point_transformer_small drop_path=0", 64, "visual_prompt=deep"]
+@pytest.mark.parametrize(
+    "several", [[], ["positives=decoupled", "views=2", "views_per_step=2", "texts_per_step=3"]]
+)
+def test_a_batch_in_parts_has_the_gradients_of_the_whole(tmp_path, several):
+    words = ["point_transformer_small drop_path=0", 64 if not several else 16, "visual_prompt=deep", *several]
     whole, parts = (
         gradients(ONE, tmp_path / "whole", *words, STILL="1"),
-        gradients(ONE, tmp_path / "parts", *words, "part=24", STILL="1"),
+        gradients(ONE, tmp_path / "parts", *words, f"part={words[1] * 3 // 8}", STILL="1"),
     )
     again = gradients(ONE, tmp_path / "again", *words, "checkpointing=True", STILL="1")
     assert max(furthest(whole, parts), furthest(whole, again)) < 1e-5
@@ -94,6 +98,18 @@ for positives, hard in itertools.product(POSITIVES, (0.0, 0.4)):
     gradient = all_reduce_sum(sides.grad) / world_size()
     if not rank():
         print(json.dumps([loss.item(), *gradient.flatten().tolist()]))
+groups = [torch.randn(12, count, 16).requires_grad_() for count in (1, 3, 2)]
+pairs = [(text, f"{text} {i % 5}") for i, text in enumerate(texts)]
+for positives, hard in itertools.product(("caption", "masked", "diagonal", "decoupled"), (0.0, 0.4)):
+    for side in groups:
+        side.grad = None
+    points, image, text = (side[own] for side in groups)
+    out = TriModalLoss(positives=positives, hard_negatives=hard)(points[:, 0], image, text, pairs[own])
+    out["loss"].backward()
+    loss = all_reduce_sum(out["loss"].detach()) / world_size()
+    gradient = all_reduce_sum(torch.cat([side.grad for side in groups], 1).flatten()) / world_size()
+    if not rank():
+        print(json.dumps([loss.item(), *gradient[: 3 * 12 * 16].tolist()]))
 if world_size() > 1:
     torch.distributed.destroy_process_group()
 """
@@ -107,7 +123,9 @@ def test_every_kind_of_loss_is_that_of_the_whole_batch(tmp_path):
         )
         for launcher, *words in ((ONE,), (TWO, "two"))
     )
-    assert one.shape == (8, 1 + 3 * 12 * 16) and len({round(row[0], 4) for row in one.tolist()}) == 8
+    assert one.shape == (18, 1 + 3 * 12 * 16)
+    different = len({round(row[0], 4) for row in one.tolist()})
+    assert different == 16  # with one view and one text, decoupled is masked
     torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
 
 

@@ -63,6 +63,8 @@ class Triplets(Dataset):
         split: str | Sequence[str] | None = None,  # value(s) of the column `split`; None takes all rows
         points: int = 1024,  # points per item
         views: int = 4,  # views per shape; 0: no views, and no `images` in the batch
+        views_per_item: int = 1,  # views drawn for an item; above 1 the batch holds a group of them
+        texts_per_item: int = 1,  # texts drawn for an item; above 1 the batch holds a tuple of them
         size: int | None = None,  # side of a view in pixels; None takes that of `settings`
         texts: TextMix | None = None,  # shares of the kinds of text; None: the default
         seed: int = 0,
@@ -83,6 +85,13 @@ class Triplets(Dataset):
         if sample not in ("fixed", "fps"):
             message = f"sample must be 'fixed' or 'fps', got {sample!r}"
             raise InputError(message, field="sample", value=sample)
+        if texts_per_item < 1 or not 1 <= views_per_item <= max(views, 1):
+            message = (
+                f"texts_per_item={texts_per_item} must be at least 1, and views_per_item={views_per_item} "
+                f"at least 1 and at most views={views}"
+            )
+            raise InputError(message, field="views_per_item", value=views_per_item)
+        self.views_per_item, self.texts_per_item = views_per_item, texts_per_item
         self.points, self.seed, self.train, self.epoch = points, seed, train, 0
         self.texts = texts or TextMix()
         self.lazy = isinstance(collection, LazyCollection)  # points and texts are read on access
@@ -149,24 +158,35 @@ class Triplets(Dataset):
         self,
         rows: np.ndarray,  # (R,)
         epoch: int = 0,
-    ) -> list[str]:
-        "The texts that these rows draw in an epoch."
-        draws = np.zeros((len(rows), 3))
+    ) -> list[str] | list[tuple[str, ...]]:  # one each, or `texts_per_item` each
+        "The texts that these rows draw in an epoch; of several, as many different ones as four draws each give."
+        count = self.texts_per_item
+        tries = 1 if count == 1 else 4 * count
+        draws = np.zeros((len(rows), 3 * tries))
         if self.train:
-            draws = hashed_uniform(self.seed, epoch, rows, 3, stream=2)
-        return [choose_text(self.texts_of_row(row), self.texts, draw) for row, draw in zip(rows, draws)]
+            draws = hashed_uniform(self.seed, epoch, rows, 3 * tries, stream=2)
+        result = []
+        for row, numbers in zip(rows, draws):
+            texts = self.texts_of_row(row)
+            drawn = [choose_text(texts, self.texts, draw) for draw in numbers.reshape(tries, 3)]
+            different = list(dict.fromkeys(drawn))
+            result.append(drawn[0] if count == 1 else tuple((different * count)[:count]))
+        return result
 
     def draw_views(
         self,
         rows: np.ndarray,  # (R,)
         epoch: int = 0,
-    ) -> np.ndarray:  # (R,)
+    ) -> np.ndarray:  # (R,), or (R, views_per_item) different ones
         "The number of the view of each row in an epoch."
-        if not self.train:
-            return np.zeros(len(rows), int)
-        count = self.cache.shape[1]
-        first = (hashed_uniform(self.seed, 0, rows, 1, stream=1)[:, 0] * count).astype(int)
-        return (first + epoch) % count
+        count, several = self.cache.shape[1], self.views_per_item
+        if self.train:
+            first = (hashed_uniform(self.seed, 0, rows, 1, stream=1)[:, 0] * count).astype(int)
+            first = first + epoch * several
+        else:
+            first = np.zeros(len(rows), int)
+        views = (first[:, None] + np.arange(several)) % count
+        return views if several > 1 else views[:, 0]
 
     def draw_points(
         self,
@@ -187,6 +207,8 @@ class Triplets(Dataset):
     ) -> dict[str, Any]:
         """A whole batch at once: points (R, n, 6), images (R, 3, H, W), texts, name, id; row and view (R,).
 
+        With several views an item, images are (R, V, 3, H, W) and view is (R, V).
+
         Raises: `NoSuchRow` if `rows` is empty or out of range.
         """
         rows = np.asarray(rows, dtype=np.int64).reshape(-1)
@@ -202,7 +224,9 @@ class Triplets(Dataset):
         if self.cache is None:
             return batch
         views = self.draw_views(rows, epoch)
-        return batch | {"images": self.cache[rows, views], "view": torch.from_numpy(views)}
+        images = self.cache[rows.repeat(views.size // len(rows)), views.reshape(-1)]
+        images = images.reshape(*views.shape, *images.shape[1:])
+        return batch | {"images": images, "view": torch.from_numpy(views)}
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         "One item of the current epoch: the batch of one row without its first axis."

@@ -182,13 +182,18 @@ def one_sided(
     generator: torch.Generator | None = None,
 ) -> Tensor:  # same shape, chosen samples normalized again
     "Remove the points of the chosen samples that a camera at a random azimuth and elevation does not see."
-    indices = _random_mask(points, p, generator).nonzero().flatten()
+    seen = _random_mask(points, p, generator)
+    everywhere = points.device.type != "cpu"  # the host would have to wait for the number of chosen samples
+    indices = torch.arange(len(points), device=points.device) if everywhere else seen.nonzero().flatten()
     if not len(indices):
         return points
     chosen = points[indices]
     azimuth = _random_between(chosen, 0, 360, generator)[:, 0]
     height = _random_between(chosen, *elevation, generator)[:, 0]
-    return points.index_copy(0, indices, depth_view(chosen, azimuth, height, noise, generator))
+    views = depth_view(chosen, azimuth, height, noise, generator)
+    if everywhere:
+        return torch.where(seen[:, None, None], views, points)
+    return points.index_copy(0, indices, views)
 
 # %% ../../nbs/geometry/02_augment.ipynb #cead01ff
 @dataclass(frozen=True)

@@ -168,7 +168,9 @@ class WarmBatchNorm1d(nn.SyncBatchNorm):
         self.momentum = max(self.usual, 1 / (seen + 1))
         across_cpus = world_size() > 1 and x.device.type == "cpu"
         out = self._across_cpus(x) if across_cpus else super().forward(x)
-        self.__dict__["_counted"] = (self.num_batches_tracked, self.num_batches_tracked._version, seen + 1)
+        if self.track_running_stats:
+            tracked = self.num_batches_tracked
+            self.__dict__["_counted"] = (tracked, tracked._version, seen + 1)
         return out
 
     def _across_cpus(self, x: Tensor) -> Tensor:
@@ -176,6 +178,8 @@ class WarmBatchNorm1d(nn.SyncBatchNorm):
         count = world_size() * x.numel() // x.shape[1]
         rows = x if x.dtype == torch.float64 else x.float()
         out, mean, var = SyncBatchNormCPU.apply(rows, self.weight, self.bias, self.eps)
+        if not self.track_running_stats:
+            return out.to(x.dtype)
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

@@ -71,7 +71,7 @@ def insert_placeholders(
     inserted = torch.full_like(ids[:, :1], placeholder).expand(-1, count)
     shifted = torch.cat([ids[:, :1], inserted, ids[:, 1:]], 1)[:, :length].clone()
     cut = ~(shifted == end).any(1)
-    shifted[cut, -1] = end
+    shifted[:, -1] = torch.where(cut, end, shifted[:, -1])  # a mask as an index would wait for a GPU
     return shifted
 
 # %% ../../nbs/models/08_prompts.ipynb #1574bddb

@@ -49,7 +49,9 @@ class TrainConfig:
     weight_image_text: float = 1.0  # weight of the loss between image and text, which trains the prompts
     temperature: float = 0.07  # divisor of the similarities, at least 0.01; 0: that of the frozen model
     learnable_temperature: bool = False  # learn the temperature, starting from `temperature`
-    positives: str = "caption"  # rows of equal caption: caption, masked, diagonal, similar; class
+    positives: str = "caption"  # rows of equal caption: caption, masked, diagonal, similar; class; decoupled
+    views_per_step: int = 1  # views of a shape in one step, each a positive
+    texts_per_step: int = 1  # sentences of a shape in one step, each a positive
     hard_negatives: float = 0.0  # strength of the re-weighting of hard negatives, 0 to 1
     # optimization
     schedule: str = "joint"  # joint, alternate (encoder and prompts by turns), frozen (no prompts)
@@ -91,7 +93,7 @@ class TrainConfig:
 # %% ../../nbs/training/00_config.ipynb #c12
 CHOICES = {
     "augment": ("none", "summary", "sensor", "official"),
-    "positives": ("caption", "class", "masked", "diagonal", "similar"),
+    "positives": ("caption", "class", "masked", "diagonal", "similar", "decoupled"),
     "texts": ("all", "name"),
     "schedule": ("joint", "alternate", "frozen"),
     "optimizer": ("adam", "adamw", "sgd"),
@@ -111,6 +113,8 @@ RANGES = {  # smallest and largest allowed value
     "weight_3d_image": (0, None),
     "weight_image_text": (0, None),
     "temperature": (0, 100),
+    "views_per_step": (1, None),
+    "texts_per_step": (1, None),
     "hard_negatives": (0, 1),
     "epochs": (1, None),
     "batch_size": (2, None),
@@ -156,6 +160,12 @@ def check_combination(config: TrainConfig) -> None:
         raise InputError(message, field="schedule", value=config.schedule)
     if config.weight_3d_text + config.weight_3d_image == 0:
         raise InputError("weight_3d_text and weight_3d_image are both 0: no loss would train the 3D encoder")
+    if config.views_per_step > config.views:
+        message = f"views_per_step={config.views_per_step}, but a shape has views={config.views}"
+        raise InputError(message, field="views_per_step", value=config.views_per_step)
+    if config.positives == "similar" and max(config.views_per_step, config.texts_per_step) > 1:
+        message = "positives='similar' takes one view and one text of a shape; use decoupled"
+        raise InputError(message, field="positives", value=config.positives)
     if 0 < config.temperature < 0.01:
         message = f"temperature={config.temperature} must be at least 0.01, or 0 for that of the frozen model"
         raise InputError(message, field="temperature", value=config.temperature)

@@ -388,22 +388,40 @@ class Learner:
             if batch["images"].dtype == torch.uint8:
                 batch["images"] = batch["images"].float() / 255
             if self.augment_images:
-                batch["images"] = self.augment_images(batch["images"], generator)
+                images = batch["images"]
+                flat = self.augment_images(images.flatten(0, -4), generator)  # of several views as of one
+                batch["images"] = flat.reshape(images.shape)
         return batch
 
     def features(
         self,
         batch: dict,
         phase: Phase,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:  # of points, image, text, (B, D) each
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:  # of points, image, text, (B, D) each, or (B, V, D)
         "Embeddings that the phase needs; without gradients inside of `torch.no_grad`."
         needs = {side for pair in phase.pairs if self.loss.weights[pair] for side in pair.split("_")}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             points = self.encode(batch["points"]) if "3d" in needs else None
             with torch.set_grad_enabled(torch.is_grad_enabled() and "prompts" in phase.trains):
-                image = self.towers.image(batch) if "image" in needs else None
-                text = self.towers.text(batch["texts"])
+                image = self.image_features(batch) if "image" in needs else None
+                text = self.text_features(batch["texts"])
         return points, image, text
+
+    def image_features(self, batch: dict) -> Tensor:  # (B, D), or (B, V, D) of V views a shape
+        "Embeddings of the views."
+        if batch["images"].ndim in (2, 4):  # one feature or one view of each shape
+            return self.towers.image(batch)
+        count = batch["images"].shape[1]
+        flat = {"images": batch["images"].flatten(0, 1)}
+        flat |= {"row": batch["row"].repeat_interleave(count), "view": batch["view"].flatten()}
+        return self.towers.image(flat).unflatten(0, (-1, count))
+
+    def text_features(self, texts: list) -> Tensor:  # (B, D), or (B, T, D) of T texts a shape
+        "Embeddings of the texts."
+        if isinstance(texts[0], str):
+            return self.towers.text(texts)
+        flat = [text for group in texts for text in group]
+        return self.towers.text(flat).unflatten(0, (len(texts), -1))
 
     def losses(
         self,
@@ -424,7 +442,7 @@ class Learner:
             (points, image, text), finish = grad_cache(
                 lambda rows: self.features(rows, phase),
                 parts,
-                list(self.model.encoder.buffers()),
+                self.model.encoder,
                 self.device,
             )
         captions = batch["texts"]

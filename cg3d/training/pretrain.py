@@ -88,6 +88,8 @@ def make_triplets(
         training_rows(collection, config),
         points=config.points,
         views=config.views if images else 0,
+        views_per_item=config.views_per_step if images else 1,
+        texts_per_item=config.texts_per_step,
         size=config.view_size,
         texts=texts,
         seed=config.seed,

@@ -94,7 +94,8 @@ def text_features(
     rows = np.arange(len(triplets))
     drawn: set[str] = set()
     for epoch in range(epochs if triplets.train else 1):
-        drawn.update(triplets.draw_texts(rows, epoch))
+        texts = triplets.draw_texts(rows, epoch)
+        drawn.update(texts if triplets.texts_per_item == 1 else (text for group in texts for text in group))
     texts = sorted(drawn)
     cache = ArrayCache(
         ["texts", texts, backbone.fingerprint()],
