@@ -2,8 +2,8 @@
 
 Every module is imported, views are rendered, `nano` classifies bundled shapes, an encoder is trained on point views and
 evaluated, and the trained run is loaded again. Modules named after `--without` cannot be imported meanwhile. The last
-line of the output is a JSON object of what was found. `tests/test_any_torch.py` runs it in the gate with optional
-packages blocked, `tests/matrix.py` in environments of their own where those packages are not installed."""
+line of the output is a JSON object of what was found. `tests/matrix.py` runs it in environments of their own where
+optional packages are not installed."""
 
 import argparse
 import importlib
