@@ -25,8 +25,8 @@ from cg3d.core.state_dict import (
     read_checkpoint,
     set_aside,
 )
-from ..geometry.ops import normalize, with_color
-from ..io.shape import Shape
+from ..geometry.ops import with_color
+from ..io.shape import TURN, Shape
 from ..models.cg3d import CG3D, CG3DConfig, device_beside
 from ..models.clip_backbone import Backbone, as_backbone, load_backbone
 from ..models.hub import check_repo, with_hub
@@ -213,6 +213,19 @@ def _contract(
     return CONTRACTS[f"cg3d/{name}-1k"], (
         "1,024 points assumed: CG3D's files for 1,024 and 8,192 points hold the same tensors, and this file name does "
         "not say which it is (set points=8192)",
+    )
+
+
+def _ulip2_contract(s: WeightSource) -> tuple[Contract, tuple[str, ...]]:
+    if s.size("point_encoder.encoder.first_conv.0.weight", 1, 3) == 6:
+        return CONTRACTS["ulip2/pointbert"], ()
+    contract = CONTRACTS["ulip2/pointbert-xyz"]
+    if re.search(r"(?<!\d)(8k|8192)(?!\d)", Path(s.path).stem.lower()):
+        return replace(contract, points=8192), ()
+    if re.search(r"(?<!\d)(10k|10000)(?!\d)", Path(s.path).stem.lower()):
+        return contract, ()
+    return contract, (
+        "10,000 points assumed: the file name does not say for how many points these weights were trained (set points=)",
     )
 
 
@@ -603,6 +616,9 @@ def assemble(
     towers, prompts, others, missing = _towers(s, family, clip, clip_weights)
     scale = _scale(s)
     set_aside(s, UNUSED[family] + _TRAINING)
+    if not strict:
+        for source in (s, *others):
+            set_aside(source, [("", "unexpected, set aside by strict=False")])
     done = build_load_report([s, *others], notes)
     return PublishedModel(encoder, done, towers, prompts, scale, missing)
 

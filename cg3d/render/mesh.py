@@ -137,7 +137,7 @@ def render_mesh(
     settings: ViewSettings = ViewSettings(),  # camera and light
     up: str | None = None,  # up axis, y or z; None: as the file states, else y (Meshes are taken as they are)
     smooth: int = 2,  # pixels are averaged from smooth x smooth samples
-) -> Tensor:  # views, (1, V, 3, size, size), [0, 1], white ground
+) -> Tensor:  # views, (1, V, 3, size, size), [0, 1], white ground; on the device of Meshes, else on the CPU
     """Views of one mesh, cameras and light as in `render_points`; what is too transparent (`visible_alpha`) is not drawn.
 
     Raises `InputError` for a mesh without triangles, `KindError` for an object that is no mesh, `MissingPackage`
@@ -153,10 +153,14 @@ def render_mesh(
         triangles = torch.from_numpy(np.concatenate(corners)).float()
         solid = structures.Meshes([triangles.reshape(-1, 3)], [torch.arange(3 * len(triangles)).view(-1, 3)])
     normals = torch.linalg.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
-    raster = RasterizationSettings(image_size=size * smooth, faces_per_pixel=_layers(placed), bin_size=0)
+    azimuth, elevation = broadcast_angles(azimuth, elevation, 1, triangles.device)
+    raster = renderer.RasterizationSettings(
+        image_size=size * smooth, faces_per_pixel=_layers(placed), bin_size=0
+    )
     views = []
-    for camera in cameras(azimuth[0], elevation[0], settings):
-        found = MeshRasterizer(camera, raster)(solid)
+    for angles in zip(azimuth[0].split(1), elevation[0].split(1)):
+        viewpoint = cameras(*angles, settings)
+        found = renderer.MeshRasterizer(_pytorch3d_camera(renderer, viewpoint), raster)(solid)
         if raster.faces_per_pixel > 1:
             _skip_invisible(placed, found)
         hit = found.pix_to_face[0, ..., 0] >= 0
