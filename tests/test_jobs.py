@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from papermill import inspect_notebook
 from published_layouts import write_layout
 from safetensors.torch import save_file
 
@@ -236,3 +237,10 @@ def test_published_recipes_run_on_published_layouts(tmp_path, recipe, writer, me
     assert model.config.visual_prompt == ("deep" if recipe == "official" else None) and model.encode_shape(
         torch.rand(2, 1024, 3)
     ).shape == (2, model.backbone.dim)
+
+
+@pytest.mark.parametrize("notebook", sorted(path.name for path in (ROOT / "nbs").glob("*.ipynb")))
+def test_papermill_reads_every_parameter(notebook, caplog):
+    "A comment with an equals sign made papermill warn about an unknown parameter."
+    found = inspect_notebook(str(ROOT / "nbs" / notebook))
+    assert found and not caplog.records
