@@ -828,7 +828,7 @@ def finetune(
         return print_parameters("finetune", as_json)
     execute_job("finetune", command_values("finetune", recipe, parameter), notebook, overwrite, as_json)
 
-# %% ../../nbs/cli/03_app.ipynb #c34
+# %% ../../nbs/cli/03_app.ipynb #5fbb6a2c
 @app.command()
 def calibrate(
     folder: Annotated[

@@ -154,14 +154,13 @@ def render_mesh(
         solid = structures.Meshes([triangles.reshape(-1, 3)], [torch.arange(3 * len(triangles)).view(-1, 3)])
     normals = torch.linalg.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
     azimuth, elevation = broadcast_angles(azimuth, elevation, 1, triangles.device)
-    raster = renderer.RasterizationSettings(
-        image_size=size * smooth, faces_per_pixel=_layers(placed), bin_size=0
-    )
+    layers = _layers(placed)
+    raster = renderer.RasterizationSettings(image_size=size * smooth, faces_per_pixel=layers, bin_size=0)
     views = []
     for angles in zip(azimuth[0].split(1), elevation[0].split(1)):
         viewpoint = cameras(*angles, settings)
         found = renderer.MeshRasterizer(_pytorch3d_camera(renderer, viewpoint), raster)(solid)
-        if raster.faces_per_pixel > 1:
+        if layers > 1:
             _skip_invisible(placed, found)
         hit = found.pix_to_face[0, ..., 0] >= 0
         face, barycentric = found.pix_to_face[0, ..., 0][hit], found.bary_coords[0, ..., 0, :][hit]
