@@ -384,5 +384,5 @@ def test_a_few_kills():
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert (
-        "3 of 3 killed runs finish bit-identical" in found.stdout and "3 of 3 killed writers" in found.stdout
+        "3 of 3 killed runs have a bit-identical result" in found.stdout and "3 of 3 killed writers" in found.stdout
     ), found.stdout + found.stderr
