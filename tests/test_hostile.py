@@ -384,5 +384,6 @@ def test_a_few_kills():
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert (
-        "3 of 3 killed runs have a bit-identical result" in found.stdout and "3 of 3 killed writers" in found.stdout
+        "3 of 3 killed runs have a bit-identical result" in found.stdout
+        and "3 of 3 killed writers" in found.stdout
     ), found.stdout + found.stderr
