@@ -348,6 +348,8 @@ def test_views_are_averaged_with_the_3d_embedding(model, shape, monkeypatch):
     for wrong in (-1, 1.5, True):
         with pytest.raises(InputError, match="views="):
             model.encode_shape(clouds, views=wrong)
+        with pytest.raises(InputError, match="views="):
+            model.classify(clouds, ["chair", "lamp"], views=wrong)
 
 
 def test_views_of_a_mesh_show_its_surface(model, tmp_path, monkeypatch):

@@ -291,7 +291,9 @@ def test_sensor_errors_are_seeded_and_keep_the_contract(tuned):
 
 def test_head_and_encoder_are_tuned_and_written(tuned, tmp_path):
     model, rows = tuned
-    maps = list(real.view_maps(model, rows.points, views=1))
+    maps = list(
+        towers.view_features(model.backbone.clip.visual.trunk.patch_embed.backbone, rows.points, 1)[0]
+    )
     with torch.inference_mode():
         views = [real.embed_views_of_maps(model, m).clone() for m in maps]
         picture = render_points(rows.points[:1], torch.tensor([30.0]), torch.tensor([20.0]))[:, 0]

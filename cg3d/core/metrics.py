@@ -47,6 +47,11 @@ def first_rank(
     return 1 + ((scores >= best) & ~relevant).sum(-1)
 
 # %% ../../nbs/core/09_metrics.ipynb #c09
+def _check_k(k: int) -> None:
+    if k < 1:
+        raise InputError(f"k={k} must be at least 1", field="k", value=k)
+
+
 def recall_at_k(
     scores: Tensor,  # (Q, C)
     relevant: Tensor,  # (Q, C) bool
@@ -55,8 +60,7 @@ def recall_at_k(
     """Fraction of queries with a right answer among the first k candidates.
 
     Raises: InputError for k below 1, and what `first_rank` raises."""
-    if k < 1:
-        raise InputError(f"k={k} must be at least 1", field="k", value=k)
+    _check_k(k)
     return (first_rank(scores, relevant) <= k).float().mean().item()
 
 
@@ -105,8 +109,7 @@ def ndcg_at_k(
     """Mean over queries of the normalized discounted cumulative gain; ties count against the right answers.
 
     Raises: InputError for k below 1, and what `first_rank` raises."""
-    if k < 1:
-        raise InputError(f"k={k} must be at least 1", field="k", value=k)
+    _check_k(k)
     ordered = _by_score(scores, relevant)[:, :k]
     gain = 1 / torch.arange(2, ordered.shape[1] + 2, device=scores.device).double().log2()
     possible = relevant.bool().sum(-1).clamp(max=ordered.shape[1])

@@ -28,6 +28,7 @@ from cg3d.models.calibration import (
     SYNONYM,
     Calibration,
     background_similarity,
+    calibration_kind,
     checked_calibrations,
 )
 from ..models.cg3d import CG3D, CONFIG_FILE
@@ -247,7 +248,7 @@ def store_calibration(
     if not file.is_file():
         raise InputError(f"{file} is not there; give the folder of a saved model", file=file)
     settings = json.loads(file.read_text(encoding="utf-8"))
-    stored = settings.get("calibration", {}) | {"views" if views else "points": asdict(calibration)}
+    stored = settings.get("calibration", {}) | {calibration_kind(views): asdict(calibration)}
     text = json.dumps(settings | {"calibration": checked_calibrations(stored)}, indent=2) + "\n"
     write_file(file, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -258,6 +259,6 @@ def calibrated(
     views: int = 0,  # that the embeddings are averaged with
 ) -> CG3D:
     "Give a loaded model a calibration."
-    stored = model.config.calibration | {"views" if views else "points": asdict(calibration)}
+    stored = model.config.calibration | {calibration_kind(views): asdict(calibration)}
     model.config = replace(model.config, calibration=stored)
     return model

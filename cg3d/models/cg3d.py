@@ -37,6 +37,7 @@ from cg3d.models.calibration import (
     BACKGROUND_TEMPLATE,
     Calibration,
     background_similarity,
+    calibration_kind,
     checked_calibrations,
 )
 from .clip_backbone import Backbone, fit_images, load_backbone, update_hash, weights_stamp
@@ -391,9 +392,7 @@ class CG3D(nn.Module):
         With views, the mean of two unit vectors: the 3D embedding, and the mean embedding of the rendered views.
         Raises KindError or InputError, see `check_clouds`.
         """
-        views = self.views if views is None else views
-        if type(views) is not int or views < 0:
-            raise InputError(f"views={views!r} must be 0 or more", field="views", value=views)
+        views = self._checked_views(views)
         clouds = check_clouds(clouds, keep_mesh=views > 0)
         size = self.batch_size if batch_size is None else batch_size
         points = self._in_batches(
@@ -403,6 +402,12 @@ class CG3D(nn.Module):
             return points
         mean = (points + self._encode_views(clouds, views, size).to(points.device)) / 2
         return F.normalize(mean, dim=-1) if normalize else mean
+
+    def _checked_views(self, views: int | None) -> int:
+        views = self.views if views is None else views
+        if type(views) is not int or views < 0:
+            raise InputError(f"views={views!r} must be 0 or more", field="views", value=views)
+        return views
 
     def _encode_views(self, clouds: list[Shape] | Tensor, views: int, batch_size: int) -> Tensor:
         "Mean embedding of rendered views, (B, dim), unit vectors."
@@ -478,8 +483,9 @@ class CG3D(nn.Module):
         if top is not None and top < 1:
             raise InputError(f"top={top} must be at least 1", field="top", value=top)
         labels = checked_labels(labels)
-        views = self.views if views is None else views
-        clouds = check_clouds(clouds, keep_mesh=views > 0)
+        views = self._checked_views(views)
+        if not isinstance(clouds, Tensor):  # tensors are checked by `encode_shape`
+            clouds = check_clouds(clouds, keep_mesh=views > 0)
         embeddings, weights = (
             self.encode_shape(clouds, views=views),
             self.zero_shot_classifier(labels, templates),
@@ -513,7 +519,7 @@ class CG3D(nn.Module):
         views: int = 0,  # views averaged into the embedding
     ) -> Calibration | None:  # None: not fitted
         "The calibration of such embeddings."
-        settings = self.config.calibration.get("views" if views else "points")
+        settings = self.config.calibration.get(calibration_kind(views))
         return None if settings is None else Calibration(**settings)
 
     def fingerprint(self) -> str:  # 64 hexadecimal digits

@@ -76,9 +76,8 @@ def matmul_fast(
 ) -> Tensor:  # (..., out)
     "rows @ weight.T + bias, by the faster library of the device."
     weight = weight.flatten(1)
-    if not WIDE or rows.device.type != "cpu" or rows.dtype != torch.float32:
-        return F.linear(rows, weight, bias)
-    if torch.compiler.is_compiling():
+    float32_on_cpu = rows.device.type == "cpu" and rows.dtype == torch.float32
+    if not (WIDE and float32_on_cpu) or torch.compiler.is_compiling():
         return F.linear(rows, weight, bias)
     count = math.gcd(rows.shape[:-1].numel(), 16)
     if rows.numel() * len(weight) < SMALL or (count < 16 and torch.get_num_threads() == 1):

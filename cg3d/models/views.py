@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.errors import InputError, KindError
+from ..core.errors import InputError, KindError, MissingPackage
 from ..geometry.ops import check_points
 from ..io.shape import Shape
 from ..render.cameras import ViewSettings, broadcast_angles, ring_views
-from ..render.mesh import render_mesh
+from ..render.mesh import load_pytorch3d, render_mesh
 from ..render.points import render_points
 
 # %% ../../nbs/models/10_views.ipynb #vw000005
@@ -40,8 +40,8 @@ VIEW_POINTS = 2048  # points of a shape without a mesh that are drawn at most
 def mesh_renderer_loads() -> bool:
     "Whether PyTorch3D's compiled rasterizer of meshes is there; without it points are drawn."
     try:
-        from pytorch3d.renderer import MeshRasterizer  # noqa: F401
-    except (ImportError, OSError):
+        load_pytorch3d()
+    except MissingPackage:
         return False
     return True
 

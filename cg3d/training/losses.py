@@ -252,30 +252,28 @@ class TriModalLoss(nn.Module):
         active = [pair for pair in pairs if self.weights[pair] > 0]
         used = {side for pair in active for side in pair.split("_")}
         gathered = {side: all_gather_with_grad(embeddings[side]) for side in sorted(used)}  # once a step
-        same = codes = None
+        codes = None
         if self.positives != "diagonal":
             codes = caption_codes(texts).to(text.device)
             all_codes = all_gather_with_grad(codes)
-        losses = {}
         if self.positives == "decoupled" or any(embeddings[side].ndim == 3 for side in used):
             groups = {side: as_groups(embeddings[side]) for side in used}
             all_groups = {side: as_groups(gathered[side]) for side in used}
             codes = None if codes is None else (as_groups(codes), as_groups(all_codes))
             losses = {pair: self.of_groups(pair, groups, all_groups, codes) for pair in active}
-            active = []
-        elif codes is not None:
-            same = codes[:, None] == all_codes[None]
-        for pair in active:
-            a, b = pair.split("_")
-            losses[pair] = contrastive(
-                embeddings[a],
-                embeddings[b],
-                self.scale,
-                hard_negatives=self.hard_negatives,
-                all_a=gathered[a],
-                all_b=gathered[b],
-                **self.targets(pair, same, text, gathered.get("text")),
-            )
+        else:
+            same, losses = None if codes is None else codes[:, None] == all_codes[None], {}
+            for pair in active:
+                a, b = pair.split("_")
+                losses[pair] = contrastive(
+                    embeddings[a],
+                    embeddings[b],
+                    self.scale,
+                    hard_negatives=self.hard_negatives,
+                    all_a=gathered[a],
+                    all_b=gathered[b],
+                    **self.targets(pair, same, text, gathered.get("text")),
+                )
         zero = torch.zeros((), device=text.device)
         loss = sum((self.weights[pair] * value for pair, value in losses.items()), zero)
         return {"loss": loss, **losses}

@@ -16,19 +16,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from corpus import row_texts, training_rows
-from recipe import maps_to_tokens, pack_points, update_average
+from recipe import (
+    chunked_step,
+    learning_rate_factor,
+    maps_to_tokens,
+    pack_points,
+    update_average,
+    weight_decay_groups,
+)
 from torch import Tensor, nn
-from towers import device_of, soft_loss, soft_targets
+from towers import device_of, draw_targets, optimizer_step, soft_loss, soft_targets, view_features
 
 from cg3d.core.errors import InputError
 from cg3d.core.malloc import keep_freed_memory
 from cg3d.geometry import augment, corruptions
 from cg3d.io.collection import Collection
 from cg3d.models.cg3d import CG3D
-from cg3d.render.cameras import random_views
-from cg3d.render.points import render_points
-
-CHUNK = 32  # clouds a forward pass
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,8 @@ class Rows:
 
     def text_loss(self, embeddings: Tensor, rows: np.ndarray, rng: np.random.RandomState) -> Tensor:
         "Soft-target loss to noun, name and a sentence of a whole batch, and cross entropy over all nouns."
-        sentence = "caption" if rng.rand() < 0.5 else "query"
         loss = self.class_loss(embeddings, rows)
-        for kind, weight in (("category", 0.5), ("name", 1.0), (sentence, 1.0)):
-            texts = self.texts[kind][rows].to(embeddings.device)
+        for weight, texts in draw_targets(self.texts, rows, rng, embeddings.device):
             loss = loss + weight * soft_loss(embeddings, texts, soft_targets(texts))
         return loss
 
@@ -100,30 +101,6 @@ def training_set(
     return Rows(points, texts, labels, classes, open_count, weights / weights.sum(), **sizes)
 
 
-@torch.inference_mode()
-def view_maps(
-    model: CG3D,
-    points: Tensor,  # (N, P, 6)
-    views: int = 2,  # random views of a shape
-    seed: int = 0,
-    batch_size: int = 16,
-) -> Tensor:  # what enters the last convolution of the stem, float16, on the CPU, (N, views, 352, 6, 6)
-    "Render each cloud and keep the feature maps of the frozen part of the image tower."
-    cameras = random_views((len(points), views), torch.Generator().manual_seed(seed), (0.0, 40.0))
-    maps = []
-    convolution = model.backbone.clip.visual.trunk.patch_embed.backbone.conv_head
-    hook = convolution.register_forward_pre_hook(lambda module, inputs: maps.append(inputs[0].half().cpu()))
-    try:
-        for start in range(0, len(points), batch_size):
-            part = slice(start, start + batch_size)
-            azimuth, elevation = (angles[part].to(model.device) for angles in cameras)
-            model.encode_image(render_points(points[part].to(model.device), azimuth, elevation).flatten(0, 1))
-    finally:
-        hook.remove()
-    maps = torch.cat(maps).clone()
-    return maps.view(len(points), views, *maps.shape[1:])
-
-
 def embed_views_of_maps(
     model: CG3D,
     maps: Tensor,  # (M, 352, 6, 6)
@@ -161,11 +138,7 @@ def tune_head(
             part = next(batches)
             views = torch.stack([maps[i][rng.randint(len(maps[i]))] for i in part])
             loss = rows.text_loss(embed_views_of_maps(model, views), part, rng)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
+            optimizer_step(loss, optimizer, schedule, parameters)
             losses.append(loss.item())
         history.append(float(np.mean(losses)))
     for parameter in head:
@@ -228,8 +201,8 @@ def teachers(
 ) -> Tensor:  # unit vectors (N, D)
     """Open shapes: the average of the clean cloud's embedding and of its views. Real objects: their views.
 
-    The encoder to start from knows open shapes, and its average with the views knows them better than either;
-    it does not know real objects.
+    The encoder to start from is accurate on open shapes, and its average with the views more accurate than either; on
+    real objects it is not.
     """
     mean = torch.stack([F.normalize(v.mean(0), dim=-1) for v in views])
     own = model.encode_shape(rows.points[: rows.open_count]).cpu()
@@ -256,48 +229,28 @@ def tune_points(
     encoder, device = model.encoder.float(), device_of(model.encoder)
     teacher = teachers(model, rows, views)
     normals = torch.cat([corruptions.estimate_normals(p[..., :3]).half() for p in rows.points.split(8)])
-    average = copy.deepcopy(encoder).eval()
-    matrices = [p for p in encoder.parameters() if p.ndim > 1]
-    vectors = [p for p in encoder.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
-
-    def factor(step: int) -> float:  # 30 steps of warm-up, then cosine decay
-        return min(1.0, (step + 1) / 30) * (0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))) + 2e-3)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    average, parameters = copy.deepcopy(encoder).eval(), list(encoder.parameters())
+    optimizer = torch.optim.AdamW(weight_decay_groups(parameters), lr=lr, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(30, steps))
     batches = rows.batches(rng)
     with keep_freed_memory(device.type == "cpu"):
         for done in range(1, steps + 1):
             part = next(batches)
             clouds = sensor_errors(rows.points[part], normals[part].float(), model.config.points, generator)
-            drawn = torch.stack([views[i][rng.randint(len(views[i]))] for i in part])
+            drawn = torch.stack([views[i][rng.randint(len(views[i]))] for i in part]).to(device)
+            clean = teacher[part].to(device)
+            targets = [(weight, texts, 0.07) for weight, texts in draw_targets(rows.texts, part, rng, device)]
+            targets += [(0.7, drawn, 0.05), (1.0, clean, 0.05)]
+
+            def more_loss(embeddings: Tensor, chunk: slice, part: np.ndarray = part, clean: Tensor = clean):
+                distance = 1 - (embeddings * clean[chunk]).sum(-1).mean()
+                return rows.class_loss(embeddings, part[chunk]) + distance
+
             encoder.train()
-            optimizer.zero_grad()
-            sentence = "caption" if rng.rand() < 0.5 else "query"
-            targets = [(weight, rows.texts[kind][part], 0.07) for kind, weight in _weights(sentence)]
-            targets += [(0.7, drawn, 0.05), (1.0, teacher[part], 0.05)]
-            targets = [(w, v.to(device), t, soft_targets(v.to(device), t)) for w, v, t in targets]
-            total = 0.0
-            for start in range(0, rows.batch, CHUNK):
-                at = slice(start, start + CHUNK)
-                embeddings = F.normalize(encoder(clouds[at].to(device)).float(), dim=-1)
-                loss = rows.class_loss(embeddings, part[at])
-                loss = loss + 1 - (embeddings * teacher[part[at]].to(device)).sum(-1).mean()
-                for weight, vectors, temperature, soft in targets:
-                    loss = loss + weight * soft_loss(embeddings, vectors, soft[at], temperature)
-                share = len(embeddings) / rows.batch
-                (loss * share).backward()
-                total += loss.item() * share
-            nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
-            optimizer.step()
+            loss = chunked_step(encoder, clouds.to(device), targets, more_loss, parameters, optimizer)
             schedule.step()
             update_average(average, encoder, 1 - min(0.995, (1 + done) / (10 + done)))
-            yield total, average
-
-
-def _weights(sentence: str) -> list[tuple[str, float]]:
-    return [("category", 0.5), ("name", 1.0), (sentence, 1.0)]
+            yield loss, average
 
 
 def write_towers(
@@ -337,7 +290,8 @@ def build_real(
     folder, curve = Path(folder), []
     rows = training_set(model, shapes, objects)
     parts = (rows.points[: rows.open_count], 2), (rows.points[rows.open_count :], 4)
-    maps = [m for points, count in parts for m in view_maps(model, points, count, seed)]
+    stem = model.backbone.clip.visual.trunk.patch_embed.backbone
+    maps = [m for points, count in parts for m in view_features(stem, points, count, seed=seed)[0]]
     with torch.inference_mode():
         views = [embed_views_of_maps(model, m).cpu().clone() for m in maps]
     head_curve = tune_head(model, rows, maps, epochs, seed=seed)

@@ -92,13 +92,22 @@ def update_average(
         old.copy_(new)
 
 
+def weight_decay_groups(
+    parameters: Sequence[nn.Parameter],
+    weight_decay: float = 0.05,  # of the matrices
+) -> list[dict]:  # for an optimizer
+    "Matrices with weight decay, vectors without."
+    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
 def chunked_step(
     encoder: nn.Module,
-    regressor: nn.Linear,  # from the encoder's feature to the stem's
-    hidden: dict[str, Tensor],  # "x": the encoder's feature of its last call, set by a hook
     clouds: Tensor,  # (B, n, 6)
     targets: list[tuple[float, Tensor, float]],  # weight, unit vectors (B, D), temperature
-    features: Tensor,  # the stem's, (B, 1280)
+    more_loss: Callable[[Tensor, slice], Tensor],  # of the embeddings of a chunk, and its place in the batch
+    parameters: Sequence[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     chunk: int = 32,  # clouds per pass
 ) -> float:  # the loss
@@ -113,16 +122,14 @@ def chunked_step(
         part = slice(start, start + chunk)
         with bfloat16(clouds.device):
             embeddings = encoder(clouds[part])
-            predicted = regressor(hidden["x"])
         embeddings = F.normalize(embeddings.float(), dim=-1)
-        loss = 0
+        loss = more_loss(embeddings, part)
         for (weight, vectors, temperature), shares in zip(targets, soft):
             loss = loss + weight * soft_loss(embeddings, vectors, shares[part], temperature)
-        loss = loss + 2 * (1 - F.cosine_similarity(predicted.float(), features[part]).mean())
         loss = loss * len(embeddings) / len(clouds)
         loss.backward()
         loss_sum += loss.item()
-    nn.utils.clip_grad_norm_([*encoder.parameters(), *regressor.parameters()], 1.0)
+    nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     return loss_sum
 
@@ -136,7 +143,7 @@ class Phase:
     views: Tensor  # unit vectors of the views, (N, V, D)
 
 
-def _learning_rate_factor(warmup: int, steps: int) -> Callable[[int], float]:
+def learning_rate_factor(warmup: int, steps: int) -> Callable[[int], float]:
     "Linear warm-up, then cosine decay to a thousandth."
 
     def factor(step: int) -> float:
@@ -181,12 +188,9 @@ def train_points(
     average = copy.deepcopy(encoder).eval()
     average.projection._forward_pre_hooks.clear()
     parameters = [*encoder.parameters(), *regressor.parameters()]
-    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
-    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(weight_decay_groups(parameters), lr=lr, betas=(0.9, 0.98))
     epochs = sum(phase.epochs for phase in phases)
-    factor = _learning_rate_factor(2 * steps, steps * epochs)
+    factor = learning_rate_factor(2 * steps, steps * epochs)
     schedule, done = torch.optim.lr_scheduler.LambdaLR(optimizer, factor), 0
     try:
         for phase in [item for item in phases for _ in range(item.epochs)]:
@@ -201,7 +205,13 @@ def train_points(
                 views = phase.views[part, rng.randint(phase.views.shape[1], size=batch_size)].to(device)
                 targets.append((1.0, views, 0.05))
                 wanted = features[part].to(device)
-                losses.append(chunked_step(encoder, regressor, hidden, clouds, targets, wanted, optimizer))
+
+                def stem_loss(embeddings: Tensor, chunk: slice, wanted: Tensor = wanted) -> Tensor:
+                    with bfloat16(device):
+                        predicted = regressor(hidden["x"])
+                    return 2 * (1 - F.cosine_similarity(predicted.float(), wanted[chunk]).mean())
+
+                losses.append(chunked_step(encoder, clouds, targets, stem_loss, parameters, optimizer))
                 schedule.step()
                 done += 1
                 update_average(average, encoder, 1 - min(0.998, (1 + done) / (10 + done)))
