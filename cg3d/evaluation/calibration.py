@@ -155,7 +155,7 @@ def judge_calibration(
 ) -> (
     pd.DataFrame
 ):  # one row for the plain softmax (if asked for) and one for the calibration; see the columns
-    """How far confidences are from accuracies, and how well "none of these" is told.
+    """How far confidences are from accuracies, and how well "none of these" is recognized.
 
     Columns: ECE over all questions (the plain softmax cannot answer "none of these"), ECE over those that offer the
     right label, where only labels compete; AUROC of the probability of none; the share of questions without the right
