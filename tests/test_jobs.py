@@ -244,3 +244,4 @@ def test_papermill_reads_every_parameter(notebook, caplog):
     "A comment with an equals sign made papermill warn about an unknown parameter."
     found = inspect_notebook(str(ROOT / "nbs" / notebook))
     assert found and not caplog.records
+    assert all(entry["default"] != "(" for entry in found.values()), "a value over several lines is not read"

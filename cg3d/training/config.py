@@ -37,7 +37,9 @@ class TrainConfig:
     view_size: int = 128  # side of a view, pixels
     image_augment: bool = False  # flip and jitter the views; their tower features are not cached then
     # model
-    encoder: str = "point_transformer_small"  # one of cg3d.list_encoders(); settings may follow its name, see docs/jobs.md
+    encoder: str = (
+        "point_transformer_small"  # one of cg3d.list_encoders(), also with settings, see docs/jobs.md
+    )
     clip: str = "nano"  # "nano", an open_clip model name, a local folder, or a file of SLIP towers (.pt)
     clip_weights: str = ""  # open_clip's pretrained tag, for example "openai"; "random": untrained
     visual_prompt: str = "deep"  # none, pixel, shallow, deep; joined by "+"

@@ -54,9 +54,7 @@ class FineTuneConfig:
     # initial weights
     start: str = "nano, scratch"  # nano, scratch, runs, files of weights, published:HUB_ID; comma-separated
     mode: str = "head"  # head: on frozen features; full: the encoder is trained too; both: head+full
-    encoder: str = (
-        ""  # name and changed settings of the encoder, see docs/jobs.md; empty: those of the checkpoint
-    )
+    encoder: str = ""  # name and changed settings, see docs/jobs.md; empty: those of the checkpoint
     # data
     data: str = "furniture"  # "furniture" (bundled) or the path of a data set
     column: str = "category"  # of the labels; rows with an empty cell are left out
