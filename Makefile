@@ -1,10 +1,12 @@
 # Two commands do everything on a machine with Python 3.10-3.13, git and make:
 #   make train   set up, then CG3D's pre-training on the bundled set
 #   make test    set up, then the whole gate: exported code, formatting, import direction, docs, notebooks, pytest
+#   make test JOBS=4  the same with four processes (default 2)
 #   make docs    the documentation site in _docs/site (offline)
 #   make matrix  the core with several versions of torch, each in an environment of its own (downloads gigabytes)
 PYTHON ?= python3
 BIN := .venv/bin
+JOBS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -17,11 +19,12 @@ $(BIN)/.ready: settings.ini setup.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[all,dev]'
+	mkdir -p runs
 	touch $@
 
 train: env
 	mkdir -p runs
-	$(BIN)/papermill nbs/train.ipynb runs/train.ipynb -f recipes/quick.yaml
+	$(BIN)/papermill nbs/train.ipynb runs/train.ipynb -f recipes/quick.yaml -p overwrite True
 	@echo "The executed notebook is runs/train.ipynb; results, figures and the checkpoint are in runs/quick."
 
 check: env
@@ -38,8 +41,8 @@ docs: env
 	$(BIN)/python docs/build.py
 
 test: check style docs
-	cd nbs && ../$(BIN)/nbdev_test --path . --file_re '^[0-9]' --n_workers 2 --pause 0.5 --timing
-	$(BIN)/python -m pytest tests -q
+	cd nbs && ../$(BIN)/nbdev_test --path . --file_re '^[0-9]' --n_workers $(JOBS) --pause 0.5 --timing
+	$(BIN)/python -m pytest tests -q -n $(JOBS) --dist loadfile
 
 matrix: env
 	$(BIN)/python tests/matrix.py

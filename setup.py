@@ -10,8 +10,9 @@ config.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 extras = {
     name: cfg[f"{name}_requirements"].split()
-    for name in ("render", "notebooks", "search", "scale", "track", "data", "formats", "umap")
+    for name in ("render", "notebooks", "search", "lance", "scale", "track", "data", "formats", "umap")
 }
+viewers = {name: cfg[f"{name}_requirements"].split() for name in ("view", "atlas")}  # large; not in "all"
 inside = {"cg3d._data": "data", "cg3d.nbs": "nbs", "cg3d.recipes": "recipes"}
 
 setup(
@@ -19,9 +20,7 @@ setup(
     version=cfg["version"],
     description=cfg["description"],
     author=cfg["author"],
-    author_email=cfg["author_email"],
     license="Apache-2.0",
-    url=cfg["git_url"],
     keywords=cfg["keywords"],
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -29,6 +28,7 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={
         **extras,
+        **viewers,
         "all": sorted({need for needs in extras.values() for need in needs}),
         "dev": cfg["dev_requirements"].split(),
     },
@@ -37,7 +37,7 @@ setup(
     package_dir=inside,
     package_data={
         "cg3d._data": ["*", "*/*"],
-        "cg3d.nbs": ["[a-z]*.ipynb"],
+        "cg3d.nbs": ["[a-z]*.ipynb", "tutorials/*.ipynb"],
         "cg3d.recipes": ["*.yaml"],
         "cg3d": ["py.typed", "*.pyi"],
     },

@@ -179,9 +179,9 @@ def alone(
     "Two steps in a process of their own"
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import torch; torch.set_num_threads({THREADS})\n"
-        "from encoders import cloud, create_encoder, kept_memory, step; from cg3d.core.timing import peak_memory, seconds\n"
+        "from encoders import cloud, create_encoder, keep_freed_memory, step; from cg3d.core.timing import peak_memory, seconds\n"
         f"encoder, points = create_encoder({name!r}), cloud({batch}, {points})\n"
-        "with kept_memory(): step(encoder, points); print(seconds(lambda: step(encoder, points)), peak_memory())"
+        "with keep_freed_memory(): step(encoder, points); print(seconds(lambda: step(encoder, points)), peak_memory())"
     )
     return tuple(
         map(

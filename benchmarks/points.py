@@ -32,12 +32,12 @@ def pairs(ours, other, rounds: int, device: str) -> Comparison:
 
 
 def table_knn(query: torch.Tensor, ref: torch.Tensor, k: int) -> torch.Tensor:  # (B, M, k)
-    "The naive twin: the whole table of distances, then topk"
+    "A naive implementation: the whole table of distances, then topk"
     return torch.cdist(query, ref).topk(k, largest=False).indices
 
 
 def table_ball(query: torch.Tensor, ref: torch.Tensor, radius: float, k: int) -> torch.Tensor:  # (B, M, k)
-    "The naive twin of PointNet++: the whole table, every index outside set to N, sorted"
+    "A naive implementation of PointNet++: the whole table, every index outside set to N, sorted"
     N = ref.shape[1]
     inside = (
         torch.where(torch.cdist(query, ref) > radius, N, torch.arange(N, device=ref.device))
@@ -48,7 +48,7 @@ def table_ball(query: torch.Tensor, ref: torch.Tensor, radius: float, k: int) ->
 
 
 def written_gather(points: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:  # (B, ..., C)
-    "The naive twin: `gather` with the index repeated for every channel"
+    "A naive implementation: `gather` with the index repeated for every channel"
     return points.gather(1, idx.reshape(len(idx), -1, 1).expand(-1, -1, points.shape[-1])).reshape(
         *idx.shape, -1
     )

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import trimesh
+from harness import Row, report, row
 from PIL import Image
 
 from cg3d.core.errors import Cg3dError
+from cg3d.core.timing import compare
 from cg3d.io.read import read_mesh
-from cg3d.zz.timing import Row, compare, report, row
 
 PART = "read_files"
 TARGET = 1 / 1.5  # at most 1.5 times the time of trimesh
@@ -106,7 +107,7 @@ CHILD = """
 import resource, sys, time
 from pathlib import Path
 path, side = Path(sys.argv[1]), sys.argv[2]
-from cg3d.zz.timing import added_memory
+from cg3d.core.timing import added_memory
 import numpy, trimesh, PIL.Image
 from cg3d.io.read import read_mesh as read
 if side == "theirs":

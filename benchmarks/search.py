@@ -1,17 +1,19 @@
 """Recall, latency, size and build time of the search structures of an index: 1,000,000 x 512 on two cores, each kind in separate processes.
 
     python benchmarks/search.py --quick
+    SETS=engines ROWS=300000 python benchmarks/search.py
     SETS="shapes grouped" KINDS="ivfpq hnsw" ROWS=1000000 python benchmarks/search.py --out rows.json
 
 Two sets of vectors. `shapes`: the 790 furniture shapes, each embedded by the bundled model four times (unchanged, and three times augmented by rotation, scale and one-sided views). New vectors are
 mixtures of three of the four with near ones of other shapes, displaced by differences between embeddings of one shape, and rotated into 512 dimensions, which changes no cosine. Queries are the fourth
 embedding of each shape, which is in no mixture, and its texts, which are far from all shapes. `grouped`: directions around random centers, 200 per center; queries are further directions of the same
-groups. The exact scan gives the ground truth. `SETS`, `KINDS` and `ROWS` choose parts; FOLDER (the temporary one if not set) needs 5 GB for a million rows."""
+groups. The exact scan gives the ground truth. `engines` compares the folder with faiss and the Lance table over `grouped` in one process. `SETS`, `KINDS` and `ROWS` choose parts; FOLDER (the temporary one if not set) needs 5 GB for a million rows."""
 
 import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -27,7 +29,8 @@ from cg3d.core.timing import peak_memory
 from cg3d.data.furniture import furniture
 from cg3d.geometry.augment import Augment
 from cg3d.search.backends import IVFPQ_MIN_ROWS, approximate_search, exact_search, unit_rows
-from cg3d.search.index import ShapeIndex, search_shards
+from cg3d.search.filters import Filter
+from cg3d.search.index import ShapeIndex
 
 DIM, PIECE = 512, 50_000  # length of a vector; rows made together
 
@@ -160,7 +163,7 @@ def resident() -> float:
         return float("nan")
 
 
-def run_queries(folder: Path, kind: str, query_count: int, shards: int) -> dict:
+def run_queries(folder: Path, kind: str, query_count: int) -> dict:
     "Open an index in this new process and search it: one query at a time on one thread, then all in one call on two"
     files = {path.stem: np.load(path) for path in sorted(folder.glob("*.npz"))}
     queries = {name: (file["query_vectors"], file["truth"]) for name, file in files.items()}
@@ -205,16 +208,6 @@ def run_queries(folder: Path, kind: str, query_count: int, shards: int) -> dict:
         start = time.perf_counter()
         index.search(query_vectors)
         facts["batch"] = len(query_vectors) / (time.perf_counter() - start)
-    if shards:
-        before, parts = resident(), [ShapeIndex.load(folder / kind) for _ in range(shards)]
-        search_shards(parts, query_vectors[0])
-        memory, took = resident() - before, []
-        with threadpool_limits(1):
-            for query in query_vectors[:200]:
-                start = time.perf_counter()
-                search_shards(parts, query)
-                took.append(time.perf_counter() - start)
-        facts["shards"] = {"p50": np.median(took), "p99": np.quantile(took, 0.99), "resident": memory}
     return facts
 
 
@@ -296,17 +289,6 @@ def rows_of(name: str, kind: str, rows: int, made: dict, got: dict) -> list[Row]
             note="always exact",
         ),
     ]
-    if "shards" in got:
-        it = got["shards"]
-        out.append(
-            row(
-                f"{SHARDS} shards, one query, p50",
-                1e3 * it["p50"],
-                "ms",
-                note=f"p99 {1e3 * it['p99']:.1f} ms, resident {it['resident']:,.0f} MiB. Simulated: the same index opened {SHARDS} times, each with a structure and a table of its own in memory, "
-                "searched one after the other on one thread and merged; the file of vectors is shared, so less is read from the disk than with as many files",
-            )
-        )
     return out
 
 
@@ -338,7 +320,106 @@ def cut(folder: Path, rows: int) -> Path:
     return place
 
 
-SHARDS = 10
+def evict(place: Path) -> None:
+    "Remove the files of a folder from the page cache"
+    for file in place.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def filtered_queries(
+    index: ShapeIndex, queries: np.ndarray, truth: list, where: str | None
+) -> tuple[float, float]:
+    "Recall of the ten nearest, and the median time of a query in milliseconds"
+    took, right = [], []
+    for query, ids in zip(queries, truth):
+        start = time.perf_counter()
+        found = index.search(query, where=where)
+        took.append(time.perf_counter() - start)
+        right.append(len(set(found["id"]) & ids) / len(ids))
+    return float(np.mean(right)), 1e3 * float(np.median(took))
+
+
+def add_while_searching(place: Path, index: ShapeIndex, rows: np.ndarray, queries: np.ndarray) -> dict:
+    "Seconds until ten parts of new rows are stored, and the median time of the queries meanwhile"
+    writer = (
+        index if place.suffix != ".lance" else ShapeIndex.load(place)
+    )  # a folder has one writer in one process
+    took, stop = [], threading.Event()
+
+    def search() -> None:
+        while not stop.is_set():
+            start = time.perf_counter()
+            index.search(queries[len(took) % len(queries)])
+            took.append(1e3 * (time.perf_counter() - start))
+
+    thread, start = threading.Thread(target=search), time.perf_counter()
+    thread.start()
+    for number, part in enumerate(np.array_split(rows, 10)):
+        names = pd.DataFrame({"id": [f"new {number} {row}" for row in range(len(part))]})
+        writer.add(part, names, fingerprint="0" * 64)
+    added = time.perf_counter() - start
+    writer.save(place)
+    stored = time.perf_counter() - start
+    stop.set()
+    thread.join()
+    return {"add": added, "add and save": stored, "p50": float(np.median(took)), "queries": len(took)}
+
+
+def engines(rows: int, query_count: int) -> list[Row]:
+    "The default engine and Lance, one after the other in this process, over the same `grouped` vectors"
+    out = []
+    with tempfile.TemporaryDirectory(dir=os.environ.get("FOLDER")) as place:
+        folder = Path(place)
+        draw, queries = grouped(rows)
+        write(folder, rows, draw, queries, query_count)
+        vectors, new = np.load(folder / "vectors.npy", mmap_mode="r"), draw(rows // 30)
+        percent = np.random.default_rng(2).permutation(rows) % 100
+        table = pd.DataFrame({"id": np.arange(rows).astype(str), "name": "a shape", "percent": percent})
+        queries = np.load(folder / "shape.npz")["query_vectors"][:query_count]
+        filters = {"no filter": None, "1 %": "percent == 3", "10 %": "percent < 10"}
+        truth = {}
+        for name, where in filters.items():
+            kept = None if where is None else np.flatnonzero(Filter(where, table).mask())
+            truth[name] = [set(map(str, found)) for _, found in exact_search(vectors, queries, 10, kept)]
+        for engine, suffix in (("folder and faiss", ""), ("Lance", ".lance")):
+
+            def row(what: str, value: float, unit: str, note: str = "") -> None:
+                out.append(
+                    Row("search", f"{what}, {engine}, {rows:,} x {DIM} grouped", value, unit, note=note)
+                )
+                print(f"{out[-1].what}: {value:.4g} {unit} {note}", file=sys.stderr, flush=True)
+
+            place = folder / f"index{suffix}"
+            start, work = time.perf_counter(), time.process_time()
+            ShapeIndex(vectors, table, "0" * 64, kind="ivfpq").save(place)
+            seconds, work = time.perf_counter() - start, time.process_time() - work
+            row("build and write", seconds, "s", f"{work:.0f} s of processor")
+            size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+            row("bytes a row, vectors and table included", size / rows, "bytes")
+            evict(place)
+            start = time.perf_counter()
+            index = ShapeIndex.load(place)
+            opened = time.perf_counter() - start
+            index.search(queries[0])
+            first = time.perf_counter() - start
+            row(
+                "open", 1e3 * opened, "ms", f"with the first query {first:.2f} s; files not in the page cache"
+            )
+            for name, where in filters.items():
+                recall, p50 = filtered_queries(index, queries, truth[name], where)
+                row(f"recall@10, {name}", recall, "", f"{len(queries)} queries")
+                row(f"one query, p50, {name}", p50, "ms")
+            facts = add_while_searching(place, index, new, queries)
+            note = f"{len(new):,} rows in ten parts; until saved {facts['add and save']:.1f} s"
+            row("add while searching", facts["add"], "s", note)
+            row("one query meanwhile, p50", facts["p50"], "ms", f"{facts['queries']} queries")
+            del index
+    load = os.getloadavg()[0]
+    print(f"load {load:.1f} on {os.cpu_count()} cores", file=sys.stderr)
+    return out
 
 
 def measure(quick: bool) -> list[Row]:
@@ -351,6 +432,9 @@ def measure(quick: bool) -> list[Row]:
     )
     torch.set_num_threads(2)
     os.environ["OMP_WAIT_POLICY"] = "passive"  # of the child processes: idle threads do not spin
+    if "engines" in sets:
+        out += engines(rows, min(query_count, 100))
+        sets.remove("engines")
     for name in sets:
         with tempfile.TemporaryDirectory(dir=os.environ.get("FOLDER")) as place:
             folder, real = Path(place), float("nan")
@@ -381,7 +465,6 @@ def measure(quick: bool) -> list[Row]:
                     folder,
                     kind,
                     query_count if kind in ("hnsw", "ivfpq") else min(query_count, 50),
-                    SHARDS if kind == "ivfpq" else 0,
                 )
                 out += rows_of(name, kind, rows, facts, results)
                 print(
@@ -399,7 +482,7 @@ def measure(quick: bool) -> list[Row]:
                             kind,
                             int(place.name),
                             alone(build, place, kind),
-                            alone(run_queries, place, kind, 200, 0),
+                            alone(run_queries, place, kind, 200),
                         )
                     ]
                     out += curve(name, kind, rows, facts, results)

@@ -5,16 +5,18 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import wrap
 
 import pandas as pd
 from harness import Row
-from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from tqdm.auto import tqdm
@@ -23,6 +25,7 @@ from cg3d.core.atomic import write_file
 from cg3d.core.config import check_settings, split_list
 from cg3d.core.errors import Cg3dError, InputError
 from cg3d.core.untrusted import read_json
+from cg3d.viz.theme import OKABE_ITO
 
 FOLDER = Path(__file__).parent
 PARTS = (
@@ -159,31 +162,78 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+PART_TITLES = {
+    "points": "point operations",
+    "encoders": "3D encoders",
+    "training": "a training step",
+    "processes": "several processes",
+    "shards": "reading and writing shapes",
+    "startup": "start of a process",
+}
+FASTER, SLOWER, UNMET = OKABE_ITO[0], OKABE_ITO[1], OKABE_ITO[5]
+
+
+SIZES = re.compile(r" \d[\d,]*(?: (?:x|->|of) \d[\d,]*)*")
+LEFT_OUT = re.compile(r"cpu|k=\d+|radius [\d.]+")  # clauses that state a size or what all have
+
+
+def row_label(
+    row,  # of `run_parts`
+) -> str:  # "kNN vs. pytorch3d.ops.knn_points"
+    "What was measured and the alternative; of point operations without the sizes, which share a row."
+    what = row.what
+    if row.part == "points":
+        clauses = [SIZES.sub("", clause) for clause in what.split(", ") if not LEFT_OUT.fullmatch(clause)]
+        what = ", ".join(clauses)
+    return f"{what}  vs.  {row.versus}"
+
+
+def _draw_ratios(axes: Axes, y: int, measured: pd.DataFrame) -> None:
+    "Marks of one row; the smallest and the largest have their number."
+    for row in measured.itertuples():
+        has_target = row.target.startswith(">=")
+        color = UNMET if has_target and not row.met else FASTER if row.ratio >= 1 else SLOWER
+        axes.plot([row.low, row.high], [y, y], color=color, lw=3, alpha=0.4, solid_capstyle="butt")
+        axes.plot(row.ratio, y, marker="o", color=color, ms=7, mec="white", mew=0.6)
+        if has_target:
+            axes.plot(float(row.target.strip(">= x")), y, marker="|", color="#222222", ms=16, mew=2)
+    style = {"textcoords": "offset points", "va": "center", "fontsize": 9}
+    low, high = measured["ratio"].min(), measured["ratio"].max()
+    axes.annotate(three_digits(high), (measured["high"].max(), y), (7, 0), **style)
+    if low < high:
+        axes.annotate(three_digits(low), (measured["low"].min(), y), (-7, 0), ha="right", **style)
+
+
 def speed_figure(
     rows: pd.DataFrame,
     title: str = "",  # the machine
 ) -> Figure:
-    "Ratios as bars on a logarithmic axis; a line from the smallest to the largest pair, a mark at the target."
-    shown = rows[rows["ratio"].notna()].iloc[::-1]
-    figure = Figure(figsize=(7, 1.3 + 0.24 * len(shown)), layout="constrained")
-    axes = figure.subplots()
-    for y, row in enumerate(shown.itertuples()):
-        axes.barh(y, row.ratio - 1, left=1, color="#2f6f9f" if row.ratio >= 1 else "#b5653a", height=0.62)
-        axes.plot([row.low, row.high], [y, y], color="#222222", lw=1.2)
-        if row.target.startswith(">="):
-            color = "#2a9d55" if row.met else "#c62828"
-            axes.plot(float(row.target.strip(">= x")), y, marker="|", color=color, markersize=13, mew=2.5)
-    axes.set_ylim(-0.7, len(shown) - 0.3)
-    axes.set_yticks(
-        range(len(shown)), [f"{row.what}\nas {row.versus}" for row in shown.itertuples()], fontsize=6
-    )
-    axes.set(xscale="log", xlabel="times as fast\nline: smallest to largest pair; mark: target", title=title)
+    "Ratios on a logarithmic axis, a row for each operation and alternative, with a mark for each size."
+    shown = rows[rows["ratio"].notna()].copy()
+    shown["label"] = [row_label(row) for row in shown.itertuples()]
+    groups = [(part, group.groupby("label", sort=False)) for part, group in shown.groupby("part", sort=False)]
+    heights = [0.8 + len(group) for _, group in groups]
+    figure = Figure(figsize=(11, 1.0 + 0.36 * sum(heights)), layout="constrained")
+    panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (part, group) in zip(panels, groups):
+        for y, (_, measured) in enumerate(group):
+            _draw_ratios(axes, y, measured)
+        axes.set_yticks(range(len(group)), ["\n".join(wrap(label, 80)) for label in group.groups], fontsize=9)
+        axes.set_ylim(len(group) - 0.4, -0.6)
+        axes.set_title(PART_TITLES.get(part, part), loc="left", fontsize=11, fontweight="bold")
+        axes.axvline(1, color="#222222", lw=0.8)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set(xscale="log", axisbelow=True)
+        axes.spines[["top", "right"]].set_visible(False)
     narrow = shown["high"].max() < 100 * shown["low"].min()
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1, 3)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.axvline(1, color="#222222", lw=0.8)
-    axes.grid(axis="x", alpha=0.3)
+    panels[-1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1, 3)))
+    panels[-1].xaxis.set_major_formatter("{x:g}")
+    panels[-1].xaxis.set_minor_formatter(NullFormatter())
+    legend = (
+        "times as fast as the alternative (right of 1: cg3d is faster); line: smallest to largest; |: target"
+    )
+    figure.supxlabel(legend, fontsize=10)
+    figure.suptitle(title, fontsize=11)
     return figure
 
 
@@ -215,27 +265,38 @@ def growth_table(
     return pd.DataFrame(table)
 
 
+UNITS = {"ms": ("seconds", 1e-3), "s": ("seconds", 1.0), "MiB": ("MiB", 1.0)}  # unit -> axis, factor
+
+
 def growth_figure(
     rows: pd.DataFrame,
     title: str = "",  # the machine
 ) -> Figure:
-    "Time and memory against size on logarithmic axes; dashed lines grow linearly."
-    figure = Figure(figsize=(10, 7.5), layout="constrained")
-    curves = growth_curves(rows)
-    for axes, units, label in zip(
-        figure.subplots(1, 2), ({"ms": 1e-3, "s": 1.0}, {"MiB": 1.0}), ("seconds", "MiB")
-    ):
-        axes.set_prop_cycle(color=colormaps["tab20"].colors)
-        for (what, unit, along), curve in curves.items():
-            if unit in units:
-                name = f"{what}, against {along}: exponent {growth_exponent(curve):.2f}"
-                axes.plot(curve["at"], curve["value"] * units[unit], marker="o", ms=4, lw=1.4, label=name)
-        axes.set(xscale="log", yscale="log", ylabel=label, xlabel="size")
+    "Time and memory against size, one panel for each quantity that grows; the name of a curve stands at its end."
+    panels: dict[tuple[str, str], list] = {}  # axis and quantity -> curves
+    for (what, unit, along), curve in growth_curves(rows).items():
+        axis, factor = UNITS[unit]
+        panels.setdefault((axis, along), []).append((what, curve["at"], curve["value"] * factor, curve))
+    panels = dict(sorted(panels.items(), key=lambda item: (item[0][0] != "seconds", -len(item[1]))))
+    count = -(-len(panels) // 2)
+    figure = Figure(figsize=(12, 3.3 * count + 0.3), layout="constrained")
+    grid = figure.subplots(count, 2, squeeze=False).flatten()
+    for axes, ((axis, along), curves) in zip(grid, panels.items()):
+        for color, (what, sizes, values, curve) in zip(OKABE_ITO, curves):
+            label = f"{what}: {growth_exponent(curve):.2f}"
+            axes.plot(sizes, values, marker="o", ms=5, lw=2, color=color, label="\n".join(wrap(label, 34)))
+        axes.set(xscale="log", yscale="log", ylabel=axis, xlabel=along)
         (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
         for power in range(-12, 12):
             line = [10.0**power * left, 10.0**power * right]
             axes.plot([left, right], line, ls="--", lw=0.6, color="#bbbbbb", zorder=0)
         axes.set(xlim=(left, right), ylim=(low, high))
-        axes.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.09))
-    figure.suptitle(title)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+        axes.set_title(f"{axis} against {along}", loc="left", fontsize=11, fontweight="bold")
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    figure.suptitle(f"{title}; number: exponent of the growth, dashed: linear".lstrip("; "), fontsize=11)
     return figure

@@ -19,6 +19,7 @@ PACKAGES = (
     "core geometry io render models pretrained data training evaluation search scenes viz cli"
 ).split()
 GUIDES = (
+    "shell",
     "jobs",
     "formats",
     "published",

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-WIDGETS = {"cg3d.viz.canvas", "cg3d.viz.widgets"}  # need the extra `notebooks`, and say so
+WIDGETS = {"cg3d.viz.upload", "cg3d.viz.widgets"}  # need the extra `notebooks`, and say so
 
 
 def import_everything() -> int:

@@ -2,8 +2,9 @@
 
 Inside of `FakeCuda()` tensors have a shape, a type and a device, but no values (PyTorch's FakeTensorMode). An
 operation on tensors of two devices fails as on a GPU (only a CPU scalar may be mixed in). Tensors on the CPU are real.
-Operations that make the host wait for the device (`.item()`, `.cpu()`, boolean indexing) are recorded with the line
-that called them, and get a plausible value so that the program goes on.
+Operations that make the host wait for the device are recorded with the line that called them, and get a plausible
+value so that the program goes on: `.item()`, `.cpu()`, boolean indexing, and copies to the device that are not
+`non_blocking`, of which `torch.tensor(..., device=...)` is one.
 
 PyTorch's autograd engine asks the driver for the streams of a device, so it cannot run on a fake one. `backward` takes
 its place: it visits the same graph and calls the same backward functions, with the engine's checks and reductions.
@@ -28,12 +29,13 @@ from torch.utils._pytree import tree_leaves
 
 PACKAGE = str(Path(__file__).parents[1] / "cg3d")
 CUDA = torch.device("cuda", 0)
+CHECKS = ("geometry/ops.py:check_points",)  # read whether something is wrong: nothing is
 
 
 def _caller() -> str:
-    "The innermost line of cg3d on the stack, as `package/module.py:function`."
+    "The innermost function of cg3d on the stack, as `package/module.py:function`."
     for frame in reversed(traceback.extract_stack()):
-        if frame.filename.startswith(PACKAGE):
+        if frame.filename.startswith(PACKAGE) and not frame.name.startswith("<"):  # <listcomp>
             return f"{Path(frame.filename).relative_to(PACKAGE).as_posix()}:{frame.name}"
     return "outside"
 
@@ -62,6 +64,8 @@ class RecordSynchronizations(TorchDispatchMode):
                 return func(*args, **kwargs)
         on_cuda = bool(args) and isinstance(args[0], Tensor) and args[0].device.type == "cuda"
         answer = getattr(self, ANSWERS.get(func, ""), None)
+        if self.waits_for_the_copy(func, args, kwargs):
+            self.callers.append(_caller())
         if func is aten.copy_.default and not on_cuda and args[1].device.type == "cuda":
             self.callers.append(_caller())
             return args[0]
@@ -69,10 +73,22 @@ class RecordSynchronizations(TorchDispatchMode):
             return func(*args, **kwargs)
         return answer(func, args, kwargs)
 
+    @staticmethod
+    def waits_for_the_copy(func, args, kwargs) -> bool:
+        "Whether this is a copy from the CPU to the device for which the host waits."
+        if func is aten._to_copy.default:
+            to, blocking = torch.device(kwargs.get("device") or "cpu"), not kwargs.get("non_blocking")
+            return to.type == "cuda" and args[0].device.type == "cpu" and blocking
+        if func is aten.copy_.default:
+            blocking = not (args + (False,))[2] and not kwargs.get("non_blocking")
+            to, source = args[:2]  # a source without axes is what `x[0] = 1.0` writes, by a kernel on a GPU
+            return to.device.type == "cuda" and source.device.type == "cpu" and source.ndim > 0 and blocking
+        return False
+
     def scalar(self, func, args, kwargs):
-        self.callers.append(_caller())
+        self.callers.append(caller := _caller())
         kind = args[0].dtype
-        return True if kind is torch.bool else 1.0 if kind.is_floating_point else 1
+        return caller not in CHECKS if kind is torch.bool else 1.0 if kind.is_floating_point else 1
 
     def equal(self, func, args, kwargs):
         self.callers.append(_caller())
@@ -213,12 +229,18 @@ class _NoGenerator:
 _GENERATOR = torch.Generator
 
 
+def _no_inference_mode(mode: bool = True) -> contextlib.AbstractContextManager:
+    "In place of `torch.inference_mode`, in which operations such as `.item()` reach a mode as one."
+    return torch.no_grad() if mode else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def fake_cuda():
     "Inside, `torch.rand(..., device=CUDA)` makes a fake tensor; yields the recorder of synchronizations."
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch("torch.autograd.backward", backward))
         stack.enter_context(patch("torch.nn.Module._apply", _apply))
+        stack.enter_context(patch("torch.inference_mode", _no_inference_mode))
         stack.enter_context(patch("torch.Generator", _NoGenerator))
         stack.enter_context(patch("torch.Tensor.pin_memory", lambda value, device=None: value))
         stack.enter_context(patch("torch.Tensor.is_pinned", lambda value, device=None: True))
@@ -228,6 +250,8 @@ def fake_cuda():
             patch("torch.cuda.get_rng_state", lambda device=None: torch.empty(16, dtype=torch.uint8))
         )
         stack.enter_context(patch("torch.cuda.set_rng_state", lambda state, device=None: None))
+        stack.enter_context(patch("torch.cuda.manual_seed", lambda seed: None))
+        stack.enter_context(patch("torch.cuda.device", lambda device: contextlib.nullcontext()))
         stack.enter_context(FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True))
         recorder = stack.enter_context(RecordSynchronizations())
         stack.enter_context(patch.object(FakeTensor, "tolist", lambda value: recorder.to_list(value)))
@@ -252,7 +276,7 @@ def _differs(value: Tensor, new: Tensor) -> bool:
 
 def fake_module(module: nn.Module) -> nn.Module:
     "The module with every parameter and buffer replaced by a fake CUDA tensor; call inside of `fake_cuda`."
-    return module.to(CUDA)
+    return module.to_empty(device=CUDA)
 
 
 def fake_cloud(batch: int = 4, points: int = 512, channels: int = 6) -> Tensor:

@@ -417,6 +417,23 @@ def usd_material(color: str = "color3f inputs:diffuseColor = (1, 0.2140411, 0)",
 """
 
 
+def usd_moved_picture(inputs: str, place: str = "(0.25, 0.5)") -> str:
+    "The box under one place of half.png, with a UsdTransform2d between the picture and its coordinates."
+    between = f"""    def Shader "move"
+    {{
+        uniform token info:id = "UsdTransform2d"
+        float2 inputs:in.connect = </paint/reader.outputs:result>
+        {inputs}
+        float2 outputs:result
+    }}
+"""
+    material = usd_material(texture="half.png").replace("</paint/reader.outputs", "</paint/move.outputs")
+    material = material.replace('    def Shader "reader"', between + '    def Shader "reader"')
+    places = f'texCoord2f[] primvars:st = [{", ".join([place] * 8)}] ( interpolation = "vertex" )'
+    bound = f"rel material:binding = </paint>\n    {places}"
+    return usd_box(more=bound, schemas="MaterialBindingAPI") + material
+
+
 HALVES = picture(np.array([[[255, 0, 0], [0, 0, 255]]], np.uint8))  # left red, right blue
 
 

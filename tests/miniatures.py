@@ -249,6 +249,53 @@ def modelnet40_c(root, points=32):
     return root
 
 
+def omniobject3d(root):
+    """Two objects of one class and one of another at three numbers of points; one class folder is empty."""
+    import trimesh
+
+    for count in (1024, 4096, 16384):
+        for number, name in enumerate(("anise/anise_001", "anise/anise_002", "toy_car/toy_car_001")):
+            file = root / f"ply_files/{count}/{name}/pcd_{count}.ply"
+            file.parent.mkdir(parents=True)
+            trimesh.PointCloud(cloud(number, count)).export(file)
+        (root / f"ply_files/{count}/zongzi").mkdir()
+    return root
+
+
+def _class_folders(root, names, points=2048):
+    for number, name in enumerate(names):
+        for split, shift in (("train", 0), ("test", 1)):
+            (root / name / split).mkdir(parents=True)
+            np.save(root / name / split / f"{name}_0001.npy", cloud(2 * number + shift, points))
+    return root
+
+
+def pointda_modelnet(root):
+    return _class_folders(root / "PointDA_data/modelnet", ("bathtub", "plant"))
+
+
+def pointda_shapenet(root):
+    return _class_folders(root / "PointDA_data/shapenet", ("bathtub", "plant"))
+
+
+def pointda_scannet(root):
+    import h5py
+
+    home = root / "PointDA_data/scannet"
+    home.mkdir(parents=True)
+    for split, seed in (("train", 0), ("test", 3)):
+        clouds = [cloud(seed + i, 2048) for i in range(2)]
+        with h5py.File(home / f"{split}_0.h5", "w") as file:
+            file["data"] = np.concatenate([clouds, np.zeros((2, 2048, 3))], 2).astype(np.float32)
+            file["label"] = np.array([[4], [7]], np.uint8)
+        write_lines(home / f"{split}_files.txt", [f"./data/PointDA_data/scannet/{split}_0.h5"])
+    return home
+
+
+def sim2real(root):
+    return _class_folders(root / "xset/sim2real/so_obj_only_9", ("bed", "chair"))
+
+
 def shape_dictionary(uid, group, seed):
     rng = np.random.default_rng(seed)
 

@@ -288,7 +288,7 @@ def _openshape(dim: int, width: int = 512, **sizes) -> dict[str, dict[str, tuple
 def published_layouts(
     small_towers: bool = False,  # True: SLIP towers of two narrow blocks instead of twelve wide ones
 ) -> dict[str, dict[str, dict[str, tuple]]]:  # file -> container ("a.b" nests) -> name -> shape
-    "Every layout that `load_published` reads."
+    "Every layout that `load_published` and `load_part_model` read."
     sizes = _SMALL if small_towers else {}
     towers = slip(**sizes)
     image = vit(*sizes.get("image", ()))
@@ -321,6 +321,11 @@ def published_layouts(
         "openshape/scaling1": with_adam(_openshape(1280, 256, depth=6, hidden=1024, patch_width=96, heads=4)),
         "openshape/scaling3": _openshape(768, **_SCALING3),
         "openshape/bigG": _openshape(1280),
+        "patchalign3d": {
+            "model": pointbert()
+            | _linear("seg_head.0", 50, 384),  # a head that its training left in the file
+            "proj": _linear("proj", 1280, 384),
+        },
         **{f"uni3d/{size}": {"module": uni3d(size)} for size in ("ti", "s", "b", "l", "g")},
         "slip": {
             "state_dict": {

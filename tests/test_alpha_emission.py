@@ -316,3 +316,22 @@ def test_emission_and_opacity_of_usd(tmp_path, inputs, colors):
     (tmp_path / "x.usda").write_text(USD.replace("INPUTS", inputs))
     found = np.unique(sampled(tmp_path / "x.usda", 400)[1].round(5), axis=0)
     assert np.allclose(found, to_srgb(np.array([*colors, [1, 0, 0]], float)), atol=1e-4)
+
+
+@pytest.mark.parametrize("mode, share", [("BLEND", 0.9), ("MASK", 0.5), ("OPAQUE", 1.0)])
+def test_alpha_of_vertices_in_points_and_pictures(tmp_path, mode, share):
+    "It falls from 1 at x = -1 to 0 at x = 1."
+    gltf = Gltf()
+    colors = np.float32([[0, 0, 1, 1], [0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 1, 1]])
+    attributes = {"POSITION": gltf.accessor(SQUARE), "COLOR_0": gltf.accessor(colors)}
+    primitive = {"attributes": attributes, "indices": gltf.accessor(FACES.ravel(), "u2")}
+    primitive["material"] = gltf.entry("materials", {"alphaMode": mode})
+    path = gltf.scene({"mesh": gltf.mesh(primitive)}).write(tmp_path / "x.glb")
+    xyz, rgb = sampled(path)
+    assert np.allclose(rgb, [0, 0, 1]) and xyz[:, 0].max() == pytest.approx(2 * share - 1, abs=0.01)
+    seen = seen_colors(path)
+    whole = seen_colors(
+        square_file(tmp_path / "y.glb", {"pbrMetallicRoughness": {"baseColorFactor": [0, 0, 1, 1]}})
+    )
+    assert set(seen) == {(0, 0, 255), (255, 255, 255)}
+    assert seen[0, 0, 255] / whole[0, 0, 255] == pytest.approx(share, abs=0.02)

@@ -7,7 +7,7 @@ import trimesh
 from typer.testing import CliRunner
 
 from cg3d.cli.app import app
-from cg3d.core.errors import MissingPackage
+from cg3d.core.errors import MissingPackage, install_hint
 from cg3d.render.cameras import ring_views
 from cg3d.render.mesh import render_mesh
 
@@ -34,7 +34,7 @@ def no_pytorch3d(request, monkeypatch):
 def test_pictures_of_surfaces_name_what_they_need(no_pytorch3d):
     with pytest.raises(MissingPackage, match=no_pytorch3d) as caught:
         render_mesh(trimesh.creation.box(), *ring_views(1), size=32)
-    assert caught.value.remedy == "pip install 'cg3d[render]'" and caught.value.value == "pytorch3d"
+    assert caught.value.remedy == install_hint("render") and caught.value.value == "pytorch3d"
 
 
 def test_the_command_line_draws_points_and_says_so(no_pytorch3d, tmp_path):

@@ -19,10 +19,13 @@ from published_layouts import write_layout
 from typer.core import TyperCommand
 from typer.testing import CliRunner
 
-import cg3d.cli.app
-from cg3d.cli.app import JobCommand, app, read_labels
+import cg3d
+from cg3d.cli import collection_commands, job_commands, shape_commands
+from cg3d.cli.app import app
 from cg3d.cli.info import describe
+from cg3d.cli.job_commands import JobCommand, table_rows
 from cg3d.cli.jobs import job_notebook, job_values, parameters_of
+from cg3d.cli.options import load_model, read_labels
 from cg3d.core.errors import Cg3dError, InputError
 from cg3d.data.furniture import furniture
 from cg3d.io.collection import write_collection
@@ -35,12 +38,15 @@ from cg3d.search.embeddings import Embeddings, from_arrow, read_embeddings, to_a
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = (
+    "ask",
     "classify",
+    "parts",
     "embed",
     "pack",
     "index",
     "search",
     "render",
+    "view",
     "train",
     "evaluate",
     "finetune",
@@ -74,10 +80,10 @@ def call(*words):
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
-def refused(done, *patterns):
-    """One line on standard error that says what to do, exit code 2, no traceback."""
+def refused(done, *patterns, code=2):
+    """One line on standard error that says what to do, an exit code, no traceback."""
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert done.exit_code == 2 and "Traceback" not in done.output, done.output
+    assert done.exit_code == code and "Traceback" not in done.output, done.output
     assert (
         lines and lines[-1].startswith("error: ") and sum(line.startswith("error: ") for line in lines) == 1
     ), lines
@@ -94,12 +100,12 @@ def nano() -> CG3D:
 @pytest.fixture(autouse=True)
 def loaded_once(request, monkeypatch):
     """`--model nano` without reading it again for every call; other names take the way they always take."""
-    real = cg3d.cli.app.load_model
-    monkeypatch.setattr(
-        cg3d.cli.app,
-        "load_model",
-        lambda name, *rest: request.getfixturevalue("nano") if name == "nano" else real(name, *rest),
-    )
+
+    def load_once(name, *rest):
+        return request.getfixturevalue("nano") if name == "nano" else load_model(name, *rest)
+
+    for commands in (collection_commands, job_commands, shape_commands):
+        monkeypatch.setattr(commands, "load_model", load_once)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no hub
 
 
@@ -167,7 +173,8 @@ def test_the_program_imports_nothing_heavy():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command):
     done = call(command, "--help")
-    assert done.exit_code == 0 and "--help" in done.stdout and "--json" in done.stdout
+    assert done.exit_code == 0 and "--help" in done.stdout
+    assert ("--json" in done.stdout) == (command != "view"), "every command that prints results"
 
 
 def test_completion_script():
@@ -178,7 +185,7 @@ def test_completion_script():
 def test_version_and_unknown_words():
     assert call("--version").stdout.strip() == cg3d.__version__
     refused(call("clasify"), "No such command 'clasify'", "classify")
-    refused(call("classify", "x.glb"), "Missing option", "--labels")
+    refused(call("embed", "x.glb"), "Missing option", "--out")
     refused(call("--fast"), "No such option")
 
 
@@ -291,13 +298,13 @@ def test_interrupted_and_resumed(hundred, tmp_path, monkeypatch, nano):
 
     monkeypatch.setattr("cg3d.search.batch_embed.read_shape", impatient)
     monkeypatch.setattr(nano, "encode_shape", record)
-    refused(call("embed", hundred, "-o", torn), "interrupted: 49 of 97", "same command")
+    refused(call("embed", hundred, "-o", torn), "interrupted: 49 of 97", "same command", code=130)
     assert (
         not torn.exists()
         and Path(f"{torn}.part").is_dir()
         and describe(f"{torn}.part")["kind"] == "unfinished embedding"
     )
-    refused(call("embed", hundred, "-o", torn), "interrupted: 78 of 97")
+    refused(call("embed", hundred, "-o", torn), "interrupted: 78 of 97", code=130)
     done = call("embed", hundred, "-o", torn, "--json")
     assert (
         done.exit_code == 0 and json.loads(done.stdout)["resumed"] == 78 and not Path(f"{torn}.part").exists()
@@ -322,7 +329,7 @@ def test_a_real_ctrl_c(hundred, tmp_path):
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=120)
     assert (
-        running.returncode == 2
+        running.returncode == 130
         and "Traceback" not in err
         and "error: interrupted: " in err
         and "the same command embeds the rest" in err
@@ -617,6 +624,11 @@ def test_a_run_is_not_overwritten(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.csv").write_text("epoch\n")
     refused(call("train", "-p", "out", tmp_path / "run"), "holds a run.*resume True.*--overwrite")
+    for job in ("evaluate", "retrieval", "scene"):
+        lines = refused(
+            call(job, "-p", "out", tmp_path / "run"), "holds a run.*out NAME, or pass --overwrite"
+        )
+        assert "resume" not in lines[-1], "these jobs cannot be resumed"
 
 
 def test_parameters_are_read_as_papermill_reads_them():
@@ -678,6 +690,19 @@ def test_evaluate_runs_the_notebook(some, tmp_path):
         and told["results"][0]["shapes"] == 24
         and {"3D encoder", "majority class"} <= {row["method"] for row in told["results"]}
     )
+
+
+def test_evaluate_on_corrupted_clouds(monkeypatch, tmp_path):
+    seen = {}
+    monkeypatch.setattr(job_commands, "execute_job", lambda *values: seen.update(values=values))
+    assert call("evaluate", "--corruptions").exit_code == 0
+    job, values, *_ = seen["values"]
+    assert (job, values["corruptions"]) == ("evaluate", "all")
+    assert job_commands.second_table(job, values) == "robustness.csv"
+    assert call("evaluate").exit_code == 0
+    assert job_commands.second_table("evaluate", seen["values"][1]) == ""
+    (tmp_path / "robustness.csv").write_text("model,mCE\nnano,\n")
+    assert table_rows(tmp_path / "robustness.csv") == [{"model": "nano", "mCE": None}]
 
 
 def test_a_job_that_fails_inside_says_why(tmp_path):

@@ -7,7 +7,9 @@ import trimesh
 from gltf_writer import Gltf, picture
 from PIL import Image
 
-from cg3d.io.color import Material, Texture, require_colors, to_linear, to_srgb, unit_colors
+from cg3d.core.errors import InputError, UnsafeFile
+from cg3d.core.untrusted import limits
+from cg3d.io.color import Material, Texture, decode_image, require_colors, to_linear, to_srgb, unit_colors
 from cg3d.io.mesh import Mesh, Surface, from_trimesh, surface_colors
 from cg3d.io.read import read_mesh
 from cg3d.render.cameras import ViewSettings
@@ -159,3 +161,13 @@ def test_colors_that_fit_no_range():
     for wrong in (300.0, -0.5, np.nan, np.inf):
         with pytest.raises(ValueError, match="neither in .0, 1. nor in 0..255"):
             require_colors(np.array([[wrong, 0, 0]]), "a.npy")
+
+
+def test_the_limit_of_pixels_is_ours_and_not_that_of_pillow(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)
+    assert decode_image(picture((255, 0, 0)), "a.png").shape == (8, 8, 3) and Image.MAX_IMAGE_PIXELS == 16
+    with limits(pixels=63), pytest.raises(UnsafeFile, match="64 pixels of a texture, more than the 63"):
+        decode_image(picture((255, 0, 0)), "a.png")
+    with pytest.raises(InputError, match="not a picture"):
+        decode_image(b"no picture", "a.png")
+    assert Image.MAX_IMAGE_PIXELS == 16

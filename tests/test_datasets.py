@@ -21,7 +21,9 @@ from cg3d.data.modelnet import MODELNET10, MODELNET40, SCANOBJECTNN
 from cg3d.data.objaverse import read_neighbors
 from cg3d.data.registry import check_data, list_layouts, read_dataset
 from cg3d.data.shapenet import CG3D_CLASSES
+from cg3d.data.triplets import Triplets
 from cg3d.geometry.ops import MISSING_COLOR, check_points, normalize
+from cg3d.training.pretrain import read_data
 
 # layout -> writer, listed shapes, classes, id and category of row 0, seed of its cloud, points of it
 LAYOUTS = {
@@ -66,6 +68,11 @@ LAYOUTS = {
     "scanobjectnn_c_obj_only": (mini.scanobjectnn_c, 72, 15, "clean-00000", "bag", 0, 32),
     "scanobjectnn_c_hardest": (mini.scanobjectnn_c, 72, 15, "clean-00000", "bag", 0, 32),
     "modelnet40_c": (mini.modelnet40_c, 228, 40, "data_original-00000", "airplane", 0, 32),
+    "omniobject3d": (mini.omniobject3d, 9, 2, "1024/anise_001", "anise", 0, 1024),
+    "pointda_modelnet": (mini.pointda_modelnet, 4, 10, "bathtub/bathtub_0001", "bathtub", None, 2048),
+    "pointda_shapenet": (mini.pointda_shapenet, 4, 10, "bathtub/bathtub_0001", "bathtub", 0, 2048),
+    "pointda_scannet": (mini.pointda_scannet, 4, 10, "train_0-00000", "chair", 0, 2048),
+    "sim2real": (mini.sim2real, 4, 2, "bed/bed_0001", "bed", 0, 2048),
     "openshape": (mini.objaverse, 6, 2, "aa11", "bat (animal)", 0, 90),
     "objaverse_lvis": (mini.uni3d_lvis, 3, 3, "aa11", "bat (animal)", 0, 90),
     "scannet": (mini.scannet, 2, 2, "scene0000_00/0", "cabinet", None, 8),
@@ -225,6 +232,22 @@ def test_folder_without_a_table(tmp_path):
     assert data.table["id"].tolist() == ["a-box", "cloud", "sub/ball"] and any(
         "no .csv" in problem for problem in check_data(tmp_path / "mine").problems
     )
+
+
+def test_surfaces_are_sampled_with_as_many_points_as_asked(tmp_path):
+    """4,096 points of a mesh are 4,096 different ones; a cloud keeps its own number."""
+    root = mini.folder(tmp_path / "mine")
+    for options in ({"mesh_points": 4096}, {"points": 4096}):
+        data = read_dataset(root, **options)
+        assert data.points_per_shape == 4096
+        assert len(torch.unique(data.points([0])[0, :, :3], dim=0)) == 4096
+        assert [len(data.record(row).xyz) for row in range(3)] == [4096, 4096, 400]
+    assert read_dataset(root, mesh_points=100).points_per_shape == 100
+    training = read_data(str(root), points=4096)
+    assert Triplets(training.select(split="train"), points=4096, views=0).points == 4096
+    assert read_data(str(root), points=256).points_per_shape == 2048
+    with pytest.raises(ValueError, match="points=5000 but the clouds hold 4096: choose at most as many"):
+        Triplets(training, points=5000, views=0)
 
 
 @pytest.mark.parametrize(
@@ -631,3 +654,31 @@ def test_damaged_corrupted_sets_are_named(tmp_path):
     np.save(root / "label.npy", np.array([0.5, 1, 2]))
     with pytest.raises(InputError, match="label.npy: float64 labels"):
         read_dataset(root)
+
+
+def test_axes_of_pointda(tmp_path):
+    "ModelNet is stored with z up, ShapeNet with y up except its plants, ScanNet with y up."
+    turned = torch.from_numpy(mini.cloud(3, 2048)[:, [0, 2, 1]] * [1, 1, -1])
+    modelnet = read_dataset(mini.pointda_modelnet(tmp_path / "a")).select(split="test", category="plant")
+    shapenet = read_dataset(mini.pointda_shapenet(tmp_path / "b"))
+    plant, bathtub = (
+        shapenet.select(split="test", category="plant"),
+        shapenet.select(split="test", category="bathtub"),
+    )
+    for data in (modelnet, plant):
+        assert torch.allclose(data.points()[0, :, :3], normalize(turned.float()), atol=2e-4)
+    stored = normalize(torch.from_numpy(mini.cloud(1, 2048)))
+    assert torch.allclose(bathtub.points()[0, :, :3], stored, atol=2e-4)
+    given = read_dataset(tmp_path / "b/PointDA_data/shapenet", up="y").select(split="test", category="plant")
+    assert not torch.allclose(given.points()[0, :, :3], normalize(turned.float()), atol=0.1)
+
+
+def test_omniobject3d_by_number_of_points(tmp_path):
+    data = read_dataset(mini.omniobject3d(tmp_path))
+    for count in (1024, 4096, 16384):
+        part = data.select(split=str(count))
+        assert len(part) == 3 and part.points_per_shape == count or part[0].points.shape == (count, 3)
+        assert torch.allclose(
+            part[2].cloud()[:, :3], normalize(torch.from_numpy(mini.cloud(2, count))), atol=2e-4
+        )
+    assert data.labels == ["anise", "toy car"]  # the empty folder is no class

@@ -16,10 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import cg3d
+from cg3d.core.atomic import file_hash
+from cg3d.core.errors import InputError, MissingFile
 from cg3d.data.furniture import furniture
 from cg3d.evaluation.calibration import (
     Questions,
     ask_questions,
+    calibrate,
     expected_calibration_error,
     fit_calibration,
     judge_calibration,
@@ -33,29 +36,49 @@ from cg3d.evaluation.comparison import (
     open_model,
     predict,
 )
-from cg3d.evaluation.embedding_benchmark import evaluate_towers, scored_categories, scored_rows
+from cg3d.evaluation.conditions import CONDITIONS, conditions, file_mark, weights_mark
+from cg3d.evaluation.embedding_benchmark import (
+    evaluate_points,
+    evaluate_towers,
+    scored_categories,
+    scored_rows,
+)
 from cg3d.evaluation.linear_probe import ViewEncoder, few_shot, linear_probe
+from cg3d.evaluation.robustness import (
+    corrupted_clouds,
+    corruption_list,
+    read_reference,
+    robustness,
+    robustness_summary,
+)
+from cg3d.evaluation.transfer import transfer_study
 from cg3d.evaluation.zero_shot import (
     ENCODER,
     IMAGE_TOWER,
     MAJORITY,
+    PROMPTED_TOWER,
     TEMPLATE_SETS,
     accuracy_table,
     confusion_table,
     parse_templates,
     published_templates,
+    zero_shot,
     zero_shot_weights,
 )
+from cg3d.geometry.corruptions import CORRUPTIONS, LEVELS
 from cg3d.io.collection import Collection, Packed, write_collection
 from cg3d.models.calibration import Calibration
 from cg3d.models.cg3d import CG3D
 from cg3d.models.registry import create_encoder
 from cg3d.pretrained.loading import load_published
+from cg3d.search.retrieval import retrieval_scores
+from cg3d.training.finetune import FineTuneConfig
+from cg3d.training.init import InitialWeights
 
 ROOT = Path(__file__).parent.parent
 LABELS = ["ball", "cone", "cube", "disc"]
 TRUE_LABELS = [0, 0, 0, 1, 1, 2, 3, 3, 3, 3]  # of the test rows
-PROTOCOL_COLUMNS = ["templates", "text", "points", "up", "color", "seen", "views"]
+PROTOCOL_COLUMNS = ["templates", "text", "points", "up", "color", "seen", "views", "file", "weights"]
 
 
 def toys(truth=TRUE_LABELS, splits=("train", "val", "test"), points=128, colored=True, names=LABELS):
@@ -153,6 +176,81 @@ def test_accuracies_by_hand():
     )  # label 0: 1 of 3, label 4: 0 of 1
 
 
+def test_corruption_errors_by_hand():
+    "Errors in percent: reference 10 clean, 20 and 50 corrupted; model 20 clean, 30 and 45 corrupted."
+
+    def rows(model, clean, jitter, rotate):
+        records = [("clean", 0, clean)]
+        records += [("jitter", level, jitter + 2 * (3 - level)) for level in LEVELS]
+        records += [("rotate", level, rotate) for level in LEVELS]
+        table = pd.DataFrame(records, columns=["corruption", "level", "top1"])
+        protocol = {"data": "set", "split": "test", "shapes": 10, "classes": 4, "seed": 0}
+        return table.assign(model=model, templates="own", normalize_text=True, **protocol)
+
+    table = pd.concat([rows("reference", 90, 80, 50), rows("model", 80, 70, 55)])
+    summary = robustness_summary(table).set_index("model")
+    assert summary.loc["reference", ["mCE", "RmCE"]].tolist() == [1, 1]
+    assert summary.loc["model", "mCE"] == pytest.approx((30 / 20 + 45 / 50) / 2)
+    assert summary.loc["model", "RmCE"] == pytest.approx((10 / 10 + 25 / 40) / 2, abs=1e-3)
+    assert summary.loc["model", ["clean", "jitter", "rotate"]].tolist() == [80, 70, 55]
+    assert set(summary["reference"]) == {"reference"}
+
+
+def test_robustness_has_every_corruption_and_level(untrained):
+    table = robustness({"a": untrained}, {"toys": toys()}, corruption_list("all"), labels=LABELS)
+    counts = table["corruption"].value_counts()
+    assert set(counts.index) == {"clean", "one_sided", *CORRUPTIONS} and counts["clean"] == 1
+    assert all(
+        table.loc[table["corruption"] == kind, "level"].tolist() == list(LEVELS) for kind in CORRUPTIONS
+    )
+    assert set(table["shapes"]) == {10} and set(table["classes"]) == {4} and not table.isna().any().any()
+    again = robustness({"a": untrained}, {"toys": toys()}, corruption_list("jitter"), labels=LABELS)
+    both = table["corruption"].isin(["clean", "jitter"])
+    assert again["top1"].tolist() == table.loc[both, "top1"].tolist()
+    assert robustness_summary(table)["mCE"].item() == 1
+
+
+def test_the_reference_of_errors_is_an_earlier_run_under_the_same_protocol(untrained, tmp_path):
+    options = {"kinds": ("jitter",), "labels": LABELS}
+    table = robustness({"old": untrained}, {"toys": toys()}, **options)
+    table.to_csv(tmp_path / "corruptions.csv", index=False)
+    earlier = read_reference(str(tmp_path))
+    assert robustness_summary(table.assign(model="new", top1=100), earlier)[["mCE", "reference"]].iloc[
+        0
+    ].tolist() == [0, "old"]
+    for changed in (
+        table.assign(seed=1),
+        table.assign(templates="single"),
+        table.assign(corruption="rotate"),
+    ):
+        with pytest.raises(InputError, match="the reference has no accuracy"):
+            robustness_summary(changed, earlier)
+    stored = read_reference("nano-0.1.0")
+    assert robustness_summary(stored, stored)[["clean", "mCE", "RmCE"]].iloc[0].tolist() == [56, 1, 1]
+    assert len(stored) == 37 and read_reference("") is None
+    with pytest.raises(MissingFile, match="evaluate the reference first"):
+        read_reference(str(tmp_path / "gone"))
+
+
+def test_clouds_are_reduced_before_they_are_corrupted():
+    points = torch.rand(2, 2048, 6)
+    assert corrupted_clouds(points, "drop_global", 5).shape[1] == 256
+    assert corrupted_clouds(points, "add_global", 1).shape[1] == 1034
+    clean = corrupted_clouds(points, "clean")
+    assert clean.shape == (2, 1024, 6) and len(torch.cat([points[0], clean[0]]).unique(dim=0)) == 2048
+
+
+def test_reliability_of_predictions(untrained):
+    result = predict(untrained, toys(), LABELS)
+    table = result.reliability(5)
+    confidence = (untrained.logit_scale * result.scores[ENCODER]).softmax(-1).amax(-1)
+    assert table["answers"].sum() == 10 and table["low"].between(0, 0.8).all()
+    mean = (table["confidence"] * table["answers"]).sum() / 10
+    assert mean == pytest.approx(confidence.mean().item(), abs=1e-6)
+    right = (table["accuracy"] * table["answers"]).sum() / 10
+    assert 100 * right == pytest.approx(result.table["top1"][0], abs=1e-6)
+
+
 def test_one_table_of_models_sets_and_protocols(untrained, tmp_path):
     other = CG3D.build(
         encoder="pointnet",
@@ -184,33 +282,119 @@ def test_one_table_of_models_sets_and_protocols(untrained, tmp_path):
         "normalized",
         "64 of 128",
         "y",
-        "100 % of shapes",
+        "colored",
         "whole",
         0,
+        "-",
+        weights_mark(untrained),
     ]
     assert row.loc[("a", "toys", "single (1)", ENCODER), PROTOCOL_COLUMNS[1:]].tolist() == [
         "as it is",
         "64 of 128",
         "y",
-        "100 % of shapes",
+        "colored",
         "one side (seed 3)",
         0,
+        "-",
+        weights_mark(untrained),
     ]
+    assert weights_mark(untrained) == f"sha256:{untrained.fingerprint()[:12]}" != weights_mark(other)
     assert row.loc[("a", "toys", "single (1)", IMAGE_TOWER), PROTOCOL_COLUMNS[1:]].tolist() == [
         "as it is",
         "128 of 128",
         "y",
-        "100 % of shapes",
+        "colored",
         "whole",
         2,
+        "-",
+        weights_mark(untrained.backbone),
     ]
     assert (
-        row.loc[("b", "toys", "own (16)", ENCODER), "color"] == "unused"
+        row.loc[("b", "toys", "own (16)", ENCODER), "color"] == "none"
         and row.loc[("b", "toys", "own (16)", ENCODER), "points"] == "256 of 128, repeated"
     )
-    assert row.loc[("a", "gray", "own (16)", ENCODER), "color"] == "0 % of shapes"
+    assert row.loc[("a", "gray", "own (16)", ENCODER), "color"] == "gray"
+    prompted = row.loc[
+        ("b", "toys", "own (16)", PROMPTED_TOWER)
+    ]  # its prompts are the model's, it sees colors
+    assert prompted[["color", "weights"]].tolist() == ["colored", weights_mark(other)]
     same = compare_models({"a": untrained}, {"toys": toys()}, labels=LABELS)[0]
     assert torch.equal(same.scores[ENCODER], answers[0].scores[ENCODER])
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    "A model that was opened from a file."
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("saved")
+    CG3D.build(encoder="pointnet", clip="nano", points=64).save(folder)
+    return cg3d.load(folder, device="cpu")
+
+
+STUDY = FineTuneConfig(
+    start="a",
+    mode="head",
+    fractions="1",
+    seeds=1,
+    head_epochs=1,
+    min_steps=1,
+    points=64,
+    device="cpu",
+    labels=", ".join(LABELS),
+)
+TABLES = {  # name -> table of a model and a whole set
+    "zero_shot": lambda model, data: zero_shot(model, data.select(split="test"), LABELS),
+    "comparison": lambda model, data: predict(model, data, LABELS).table,
+    "per_class": lambda model, data: predict(model, data, LABELS).per_class,
+    "predictions": lambda model, data: predict(model, data, LABELS).predictions,
+    "robustness": lambda model, data: robustness({"a": model}, {"toys": data}, ["jitter"], labels=LABELS),
+    "robustness_summary": lambda model, data: robustness_summary(TABLES["robustness"](model, data)),
+    "linear_probe": lambda model, data: linear_probe(
+        model, data.select(split="train"), data.select(split="test"), penalties=[1.0], folds=2
+    ),
+    "few_shot": lambda model, data: few_shot(
+        model, data.select(split="train"), data.select(split="test"), shots=(1,), seeds=1
+    ),
+    "evaluate_towers": lambda model, data: evaluate_towers(model.backbone, data, views=1),
+    "evaluate_points": lambda model, data: evaluate_points(model, data),
+    "calibrate": lambda model, data: calibrate(model, data, "test")[1],
+    "retrieval": lambda model, data: retrieval_scores(model, data.select(split="test"), "text -> shape"),
+    "transfer_study": lambda model, data: (
+        transfer_study(
+            STUDY, data, None, {"a": InitialWeights("a", model.encoder, 64, model)}, progress=False
+        ).results
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_states_the_conditions(saved, name, tmp_path, monkeypatch):
+    monkeypatch.setenv("CG3D_CACHE", str(tmp_path))
+    data = toys([0, 0, 1, 1, 2, 2, 3, 3], splits=("train", "test"))
+    data.table["caption"] = data.table["category"]
+    table = TABLES[name](saved, data)
+    assert not table[list(CONDITIONS)].isna().any().any() and set(table["split"]) == {"test"}
+    measured = conditions(saved.backbone if name == "evaluate_towers" else saved, data)
+    rows = table[table["weights"] == measured["weights"]]
+    for column in ("up", "color", "file"):
+        assert set(rows[column]) == {measured[column]} != {"-"}, column
+    others = table[table["weights"] != measured["weights"]]
+    assert others.empty or set(others["weights"]) <= {"-", weights_mark(saved.backbone)}
+    counts = {"shapes", "questions", "queries", "test", "true"}  # N, or one row a shape
+    assert counts & set(table.columns) and set(table["templates"]) != {"-"}
+
+
+def test_marks_follow_file_and_weights(saved, tmp_path):
+    saved.save(tmp_path, half=True)
+    copy = cg3d.load(tmp_path, device="cpu")
+    assert file_mark(copy) == f"sha256:{file_hash(tmp_path / 'model.safetensors')[:12]}" != file_mark(saved)
+    before = weights_mark(copy), weights_mark(copy.encoder)
+    with torch.no_grad():
+        next(copy.encoder.parameters()).add_(1)
+    assert before[0] != weights_mark(copy) and before[1] != weights_mark(copy.encoder)
+    assert file_mark(saved.backbone) == f"sha256:{file_hash(saved.backbone.weights_file)[:12]}"
+    (tmp_path / "model.safetensors").unlink()
+    assert file_mark(copy) == file_mark(copy.encoder) == file_mark(object()) == weights_mark(object()) == "-"
 
 
 def test_the_table_needs_results():
@@ -381,8 +565,9 @@ def test_published_weights_are_evaluated_under_their_contract(tmp_path):
     row = answer.table.iloc[0]
     assert (
         row["points"] == f"{model.contract.points} of {model.contract.points // 2}, repeated"
-        and row["color"] == "unused"
+        and row["color"] == "none"
         and row["up"] == ("z" if model.contract.swap_yz else "y")
+        and row["file"] == f"sha256:{file_hash(file)[:12]}"
     )
     assert answer.table["method"].tolist()[:3] == [ENCODER, MAJORITY, IMAGE_TOWER]
     with pytest.raises(ValueError, match="reads clouds of"):

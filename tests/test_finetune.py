@@ -351,7 +351,7 @@ def test_probe_and_few_shot_on_a_known_answer(tmp_path):
         and table["accuracy"].iloc[-1] >= 90
         and table["deviation"].iloc[-1] < 10
     )
-    with pytest.raises(ValueError, match="32 shots are asked for, but 'ball' has 20"):
+    with pytest.raises(ValueError, match="shots=32, but 'ball' has 20"):
         few_shot(Spread(), train, test, LABELS, shots=(1, 32), points=64, cache=tmp_path)
     with pytest.raises(ValueError, match="must be at least 1"):
         few_shot(Spread(), train, test, shots=(), points=64, cache=tmp_path)
@@ -544,16 +544,16 @@ def test_parameters_cell_is_the_table_of_settings():
 @pytest.mark.parametrize(
     "layout", ["cg3d/point_transformer", "cg3d/pointmlp", "ulip/pointmlp", "openshape/vitb32", "uni3d/ti"]
 )
-def test_published_weights_are_a_start_and_have_a_fresh_twin(tmp_path, layout):
+def test_published_weights_are_a_start_and_have_a_fresh_counterpart(tmp_path, layout):
     file = write_layout(tmp_path / "weights.pth", layout, small_towers=True)
     start = load_init(str(file))
     before = {name: value.clone() for name, value in start.encoder.state_dict().items()}
     fresh, again = fresh_copy(start.encoder, 1), fresh_copy(start.encoder, 1)
-    state, twin = fresh.state_dict(), again.state_dict()
+    state, other = fresh.state_dict(), again.state_dict()
     assert {name: value.shape for name, value in state.items()} == {
         name: value.shape for name, value in before.items()
     }
-    assert all(torch.equal(value, twin[name]) for name, value in state.items()) and all(
+    assert all(torch.equal(value, other[name]) for name, value in state.items()) and all(
         torch.equal(value, start.encoder.state_dict()[name]) for name, value in before.items()
     )
     matrices = [name for name, value in state.items() if value.ndim > 1 and name.endswith("weight")]

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from cg3d.core.atomic import write_folder
 from cg3d.core.config import settings_from
-from cg3d.core.errors import UnsafeFile
+from cg3d.core.errors import InputError, PathTaken, UnsafeFile
 from cg3d.io.collection import write_collection
 from cg3d.io.shape import Shape
 from cg3d.models.cg3d import CG3D, CG3DConfig
@@ -25,7 +25,7 @@ from cg3d.models.prompts import Prompts
 from cg3d.pretrained.factory import load
 from cg3d.training.config import TrainConfig, new_names, run_folder
 from cg3d.training.grad_cache import grad_cache
-from cg3d.training.learner import Callback, Learner, TowerCache, claim_device
+from cg3d.training.learner import Callback, Learner, TowerCache, bf16_speedup, claim_device, use_bf16
 from cg3d.training.losses import TriModalLoss
 from cg3d.training.pretrain import ByteViews, make_learner, make_triplets, none_or_name, read_data
 
@@ -206,7 +206,9 @@ def test_frozen_schedule_asks_the_towers_once(config, backbone, monkeypatch, tmp
     monkeypatch.setattr(type(backbone), "encode_text", lambda self, texts: said.extend(texts) or say(texts))
     monkeypatch.setenv("CG3D_CACHE", str(tmp_path))
     for _ in range(2):  # the second run finds the answers of the first
-        run = learner(replace(config, schedule="frozen", visual_prompt="none", epochs=4), backbone)
+        run = learner(
+            replace(config, schedule="frozen", visual_prompt="none", epochs=4, overwrite=True), backbone
+        )
         drawn = {text for epoch in range(4) for text in run.data.draw_texts(range(len(run.data)), epoch)}
         run.fit()
         assert sum(seen) == 16  # eight shapes, two views each, although there are four epochs
@@ -260,6 +262,28 @@ def test_bf16_is_used_and_close_to_fp32(config, backbone):
     assert dtypes == {"fp32": torch.float32, "bf16": torch.bfloat16}
     assert losses["bf16"] != losses["fp32"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01)
+
+
+@pytest.mark.parametrize("speedup, chosen", [(1.7, True), (1.05, False), (0.6, False)])
+def test_auto_takes_bf16_on_a_cpu_only_where_it_is_faster(monkeypatch, speedup, chosen):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr("cg3d.training.learner.bf16_speedup", lambda: speedup)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert use_bf16("auto", cpu) == chosen
+    assert use_bf16("bf16", cpu) and not use_bf16("fp32", cpu)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert not use_bf16("auto", cpu), "without the instructions nothing is measured"
+
+
+def test_measuring_leaves_random_numbers_and_gradients_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        assert 0.01 < bf16_speedup.__wrapped__() < 100
+        assert not torch.is_grad_enabled()
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_the_private_functions_of_torch_are_there():
@@ -494,6 +518,30 @@ def test_the_frozen_model_is_hashed_once(config, backbone, monkeypatch):
     assert run.step == 6 and len(hashed) <= 1  # three epochs, each with a saved model
 
 
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_a_run_killed_while_it_saves_can_be_continued(config, backbone, tmp_path, monkeypatch, epoch):
+    """The checkpoint is written before the model: no moment leaves a model that cannot be continued."""
+    whole = learner(replace(config, out=str(tmp_path / "whole")), backbone).fit()
+    original, calls = CG3D.save, []
+
+    def killed(model, folder, half=False):
+        calls.append(folder)
+        if len(calls) == epoch:
+            raise SystemExit("killed")
+        return original(model, folder, half)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CG3D, "save", killed)
+        with pytest.raises(SystemExit):
+            learner(config, backbone).fit()
+    assert (tmp_path / "run/model.safetensors").exists() == (epoch > 1)
+    again = learner(replace(config, resume=True), backbone).fit()
+    assert again.step == whole.step
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(again).items())
+    saved = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "run")]
+    assert saved[0] == saved[1]
+
+
 def test_bad_checkpoints(config, backbone, tmp_path):
     with pytest.raises(FileNotFoundError, match="run once without resume"):
         learner(replace(config, resume=True), backbone).fit()
@@ -560,3 +608,16 @@ def test_a_run_goes_to_runs_of_the_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "nbs")
     assert run_folder("a") == tmp_path / "nbs/runs/a"
     assert run_folder("../a") == tmp_path / "a" and run_folder(str(tmp_path)) == tmp_path
+
+
+def test_a_finished_run_takes_more_epochs_and_is_not_replaced(config, backbone, capsys):
+    first = learner(config, backbone).fit()
+    with pytest.raises(PathTaken, match="overwrite=True"):
+        learner(config, backbone)
+    longer = replace(config, resume=True, epochs=config.epochs + 1)
+    again = learner(longer, backbone).fit()
+    assert again.step == first.step + first.steps_per_epoch
+    assert f"{longer.epochs} epochs in place of {config.epochs}" in capsys.readouterr().out
+    with pytest.raises(InputError, match="epochs was"):
+        learner(replace(config, resume=True), backbone).fit()
+    assert learner(replace(config, overwrite=True), backbone).step == 0

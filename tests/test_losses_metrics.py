@@ -22,7 +22,7 @@ def test_contrastive_is_clips_loss():
 
 @pytest.mark.parametrize("positives", ["caption", "masked"])
 def test_same_caption_is_never_a_negative(positives):
-    """The loss equals one written out by hand, where a twin caption is a positive or absent."""
+    """The loss equals one written out by hand, where an equal caption is a positive or absent."""
     points, image, text = embeddings()
     texts = ["chair"] * 2 + [f"thing {i}" for i in range(10)]
     loss = losses.TriModalLoss((1, 0, 0), positives=positives)
@@ -62,13 +62,13 @@ def test_hard_negatives_push_the_hardest_more():
 
 
 def test_decoupled_positives_do_not_compete():
-    """Written out with loops over rows, positives and negatives, twins by text included."""
+    """Written out with loops over rows, positives and negatives, rows of equal text included."""
     generator = torch.Generator().manual_seed(5)
     points, image, text = (F.normalize(torch.randn(6, n, 8, generator=generator), dim=-1) for n in (1, 3, 2))
     texts = [["chair", "seat"], ["chair", "stool"], *([f"thing {i}", f"object {i}"] for i in range(4))]
     loss = losses.TriModalLoss(positives="decoupled")(points[:, 0], image, text, texts)
 
-    def one_way(rows, columns, twins):
+    def one_way(rows, columns, same_text):
         terms = []
         for i in range(6):
             for row_number, row in enumerate(rows[i]):
@@ -76,7 +76,7 @@ def test_decoupled_positives_do_not_compete():
                     (row @ columns[j, m] / 0.07).exp()
                     for j in range(6)
                     for m in range(columns.shape[1])
-                    if j != i and not twins(i, row_number, j, m)
+                    if j != i and not same_text(i, row_number, j, m)
                 ]
                 for column in columns[i]:
                     own = (row @ column / 0.07).exp()

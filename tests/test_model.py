@@ -3,9 +3,12 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import trimesh
@@ -13,7 +16,7 @@ from PIL import Image
 
 from cg3d.core.device import pick_device
 from cg3d.core.errors import InputError
-from cg3d.geometry.ops import normalize
+from cg3d.geometry.ops import MISSING_COLOR, normalize
 from cg3d.io.shape import Shape, read_shape
 from cg3d.models import cg3d as model_module
 from cg3d.models import clip_backbone as backbone_module
@@ -181,6 +184,7 @@ def test_backbone_names(monkeypatch, tmp_path):
         load_backbone(tmp_path)
     asked = {}
 
+    @wraps(open_clip.create_model)  # its parameters are checked before it is called
     def offline(*args, **settings):
         asked.update(settings)
         raise RuntimeError("Failed to download")
@@ -275,7 +279,6 @@ def test_resample(count):
         np.random.default_rng(0).uniform(0, 255, (64, 6)),
         [torch.rand(1, 64, 3)],
     ],
-    ids=str,
 )
 def test_bad_clouds(model, bad):
     with pytest.raises((ValueError, TypeError)):
@@ -292,7 +295,6 @@ def test_bad_clouds(model, bad):
         [],
         "a.png",
     ],
-    ids=str,
 )
 def test_bad_images(model, bad):
     with pytest.raises((ValueError, TypeError)):
@@ -554,7 +556,7 @@ def test_default_device_is_cuda_where_there_is_one(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert pick_device() == pick_device("auto") == pick_device("cuda") == torch.device("cuda", 1)
     assert pick_device("cuda:0") == torch.device("cuda", 0) and pick_device("cpu").type == "cpu"
-    with pytest.raises(ValueError, match="the last CUDA device that torch sees is cuda:1"):
+    with pytest.raises(ValueError, match="the last CUDA device that torch finds is cuda:1"):
         pick_device("cuda:2")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="start at most 2 processes"):
@@ -569,7 +571,7 @@ def test_default_device_is_cuda_where_there_is_one(monkeypatch):
     assert pick_device() == pick_device("cuda") == torch.device("cuda", 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device() == torch.device("cpu")
-    with pytest.raises(ValueError, match="sees no CUDA device"):
+    with pytest.raises(ValueError, match="finds no CUDA device"):
         pick_device("cuda")
 
 
@@ -620,3 +622,31 @@ def test_import_is_lazy():
         "try: cg3d.nonsense\nexcept AttributeError: pass\nelse: raise SystemExit('no error')"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_clouds_of_many_colors_are_averaged_with_their_colorless_copies(small, tmp_path):
+    torch.manual_seed(0)
+    config = CG3DConfig(encoder="pointnet", points=128, clip_weights="random", gray_copy_above=48)
+    model = CG3D.build(config, backbone=small)
+    clouds = normalize(torch.rand(3, 128, 6))
+    clouds[1, :, 3:] = torch.tensor([0.9, 0.1, 0.1])  # one color: it stays as it is
+    gray = clouds.clone()
+    gray[..., 3:] = MISSING_COLOR
+    with torch.no_grad():
+        plain, colorless = model.eval().encoder(clouds), model.encoder(gray)
+    expected = plain.clone()
+    expected[[0, 2]] = (plain + colorless)[[0, 2]] / 2
+    torch.testing.assert_close(model.encode_shape(clouds, normalize=False), expected)
+    torch.testing.assert_close(model.encode_shape(clouds[:1], normalize=False), expected[:1])
+    torch.testing.assert_close(model.encode_shape(clouds[..., :3], normalize=False), colorless)
+    assert (expected - plain).abs().max() > 1e-3
+    again = CG3D.from_pretrained(model.save(tmp_path), backbone=small)
+    assert again.config.gray_copy_above == 48 and again.fingerprint() == model.fingerprint()
+    model.config = replace(model.config, gray_copy_above=None)
+    torch.testing.assert_close(model.encode_shape(clouds, normalize=False), plain)
+    assert again.fingerprint() != model.fingerprint()
+    for wrong in (0, 2.5):
+        with pytest.raises((InputError, TypeError), match="gray_copy_above"):
+            CG3DConfig(gray_copy_above=wrong)
+    with pytest.raises(InputError, match="sees no colors"):
+        CG3DConfig(gray_copy_above=48, in_channels=3)

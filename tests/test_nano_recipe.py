@@ -4,6 +4,7 @@ Stand-ins replace what is large: an untrained stem, and random vectors in place 
 """
 
 import contextlib
+import copy
 import io
 import json
 import sys
@@ -14,6 +15,7 @@ import build_furniture
 import corpus
 import numpy as np
 import pandas as pd
+import patch_head
 import pytest
 import real
 import recipe
@@ -269,13 +271,52 @@ def tuned():
 def test_a_batch_mixes_open_shapes_and_real_objects(tuned):
     _, rows = tuned
     assert (len(rows.points), rows.open_count) == (32, 24) and rows.real_weights.sum() == pytest.approx(1)
-    batches = rows.batches(np.random.RandomState(0))
-    first, second = next(batches), next(batches)
-    assert (first[:12] < 24).all() and (first[12:] >= 24).all() and len(first) == 16
+    first, second, later = (rows.batch_rows(step, 0) for step in (0, 1, 2))
+    assert (first[:12] < 24).all() and (first[12:] >= 24).all() and len(first) == 16 and rows.steps == 2
     assert not set(first[:12]) & set(second[:12]), "open shapes do not repeat within a pass"
+    assert np.array_equal(first, rows.batch_rows(0, 0)) and not np.array_equal(first, rows.batch_rows(0, 1))
+    assert not np.array_equal(first[:12], later[:12]), "each pass has an order of its own"
     vectors = rows.classes[rows.labels.clamp(min=0)]
     right = rows.class_loss(vectors, np.arange(32))
     assert right < rows.class_loss(vectors.roll(1, 0), np.arange(32)) - 1
+
+
+def test_validation_and_test_rows_stay_out():
+    shapes = furniture()
+    rows = real.training_set(load("nano", device="cpu"), shapes, shapes.select(np.arange(len(shapes)) < 40))
+    assert rows.open_count == (shapes.table["split"] == "train").sum() < len(shapes)
+
+
+def test_losses_prefer_the_right_text(tuned):
+    _, rows = tuned
+    texts = rows.texts["caption"]
+    wrong = texts.roll(1, 0)
+    assert real.bank_loss(texts, texts, texts) < real.bank_loss(wrong, texts, texts) - 1
+    part = slice(4, 12)
+    assert real.reverse_loss(texts[part], texts, part) < real.reverse_loss(wrong[part], texts, part) - 1
+    assert real.plateau_factor(0, 100, 10) == 0.1 and real.plateau_factor(49, 100, 10) == 1.0
+    assert real.plateau_factor(75, 100, 10) == 0.5
+
+
+def test_normals_point_outwards():
+    sphere = F.normalize(torch.randn(2, 2048, 3, generator=torch.Generator().manual_seed(0)), dim=-1)
+    assert ((real.outward_normals(sphere).float() * sphere).sum(-1) > 0.9).float().mean() > 0.99
+
+
+def test_swapped_colors_are_those_of_another_cloud():
+    points = torch.rand(6, 200, 6, generator=torch.Generator().manual_seed(0))
+    swapped = real.swap_color(points, 1.0, torch.Generator().manual_seed(0))
+    assert torch.equal(swapped[..., :3], points[..., :3])
+    palettes = [{tuple(color) for color in cloud[:, 3:].tolist()} for cloud in points]
+    owners = [palettes.index({tuple(color) for color in cloud[:, 3:].tolist()}) for cloud in swapped]
+    assert sorted(owners) == list(range(6)) and all(owner != i for i, owner in enumerate(owners))
+    assert torch.equal(real.swap_color(points, 0.0, torch.Generator().manual_seed(0)), points)
+    smooth = points.clone()
+    smooth[..., 3:] = points[..., :1]  # colors that change along x stay smooth in space
+    along = real.swap_color(smooth, 1.0, torch.Generator().manual_seed(1))
+    near = torch.cdist(along[0, :, :3], along[0, :, :3]).topk(2, largest=False).indices[:, 1]
+    difference = (along[0, :, 3] - along[0, near, 3]).abs().mean()
+    assert difference < 0.8 * (along[0, :, 3] - along[0, torch.randperm(200), 3]).abs().mean()
 
 
 def test_sensor_errors_are_seeded_and_keep_the_contract(tuned):
@@ -308,10 +349,57 @@ def test_head_and_encoder_are_tuned_and_written(tuned, tmp_path):
     expected = F.normalize(model.backbone.encode_image(picture).float(), dim=-1)
     assert (F.normalize(backbone.encode_image(picture).float(), dim=-1) * expected).sum() > 0.999
 
+    teacher = real.teachers(model, rows, views).clone()
+    assert (teacher[rows.open_count :] * views[-1].mean(0)).sum(-1).argmax() == 7, "real objects: their views"
+    inputs = {"views": views, "teacher": teacher, "normals": real.outward_normals(rows.points[..., :3])}
     before = [p.clone() for p in model.encoder.parameters()]
-    losses, averages = zip(*real.tune_points(model, rows, views, steps=3))
+    start = copy.deepcopy(model.encoder)
+    done, losses, averages = zip(*real.tune_points(model, rows, **inputs, steps=4))
     average = averages[-1]
-    assert np.isfinite(losses).all() and not average.training
+    assert done == (1, 2, 3, 4) and np.isfinite(losses).all() and not average.training
     assert any(not torch.equal(a, b) for a, b in zip(before, average.parameters()))
     with pytest.raises(InputError, match="steps=0"):
-        next(real.tune_points(model, rows, views, steps=0))
+        next(real.tune_points(model, rows, **inputs, steps=0))
+
+    model.encoder.load_state_dict(start.state_dict())
+    options = {"steps": 4, "checkpoint": tmp_path / "tuning.pt", "every": 2}
+    stopped = real.tune_points(model, rows, **inputs, **options)
+    assert [next(stopped)[0] for _ in range(3)] == [1, 2, 3]
+    stopped.close()
+    model.encoder.load_state_dict(start.state_dict())  # another process starts from the same weights
+    continued = list(real.tune_points(model, rows, **inputs, **options))
+    assert [step for step, _, _ in continued] == [3, 4]
+    for a, b in zip(average.parameters(), continued[-1][2].parameters()):
+        assert (a - b).abs().max() < 1e-4, "as without the stop"
+
+
+def composed_by_hand():
+    "Two clouds of two objects whose patches are told apart by their tokens."
+    objects = torch.zeros(2, 8, dtype=torch.long)
+    objects[:, 6:] = 1
+    nearest = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2]).expand(2, -1)
+    labels = torch.tensor([[3, 5, -1, -1], [4, 2, -1, -1]])
+    tokens, centers = torch.randn(2, 4, 6), torch.randn(2, 3, 3)
+    return patch_head.Composed(torch.randn(2, 8, 6), objects, labels, tokens, centers, nearest)
+
+
+def test_composed_clouds_hold_every_object():
+    random = np.random.default_rng(0)
+    clouds = [np.c_[random.normal(size=(50, 3)) * 0.2, np.full((50, 3), i / 4)] for i in range(4)]
+    merged, owner = patch_head.compose(clouds, random)
+    assert merged.shape == (patch_head.POINTS, 6) and set(owner) == {0, 1, 2, 3}
+    assert np.allclose(merged[:, 3], owner / 4), "a point keeps the color of its object"
+    merged, owner = patch_head.compose(clouds[:2], random)
+    first, second = (merged[owner == i, :3].mean(0) for i in (0, 1))
+    assert np.linalg.norm(first - second) > 0.1, "two objects do not stand in the same place"
+
+
+def test_patches_and_points_are_scored_by_hand():
+    data = composed_by_hand()
+    assert patch_head.patch_labels(data).tolist() == [[3, 3, 5], [4, 4, 2]]
+    texts = torch.eye(6)
+    right = texts[torch.tensor([[3, 3, 5], [4, 4, 2]])]
+    assert patch_head.point_accuracy(data, right, texts) == {"points": 100, "objects": 100}
+    first = texts[torch.tensor([[3, 3, 3], [4, 4, 4]])]  # every patch says the larger object: 6 of 8 points
+    expected = {"points": 75, "objects": 50}
+    assert patch_head.point_accuracy(data, first, texts) == patch_head.majority(data) == expected

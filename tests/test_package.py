@@ -60,6 +60,19 @@ def test_import_is_light():
     assert run(code).strip() == "['cg3d', 'lazy_loader']"
 
 
+def test_help_shows_the_parameters_at_a_prompt(tmp_path):
+    """`help()` and Jupyter's `?` read docstrings: at a prompt they get the parameters' comments, in a script not."""
+    code = "import cg3d\nhelp(cg3d.load)\nhelp(cg3d.CG3D.encode_shape)\nprint(cg3d.ShapeIndex.search.__doc__)"
+    shown = run(code)
+    assert shown.count("Parameters") == 3 and "None: that of a given backbone, else CUDA if there" in shown
+    script = tmp_path / "script.py"
+    script.write_text("import cg3d\nprint(cg3d.load.__doc__)\n")
+    quiet = subprocess.run(
+        [sys.executable, script], cwd=ROOT, check=True, capture_output=True, text=True, timeout=120
+    ).stdout
+    assert "Open a trained model" in quiet and "Parameters" not in quiet
+
+
 def test_no_module_imports_what_it_does_not_need():
     names = [name for name in NAMES if "encoders." not in name]
     assert (

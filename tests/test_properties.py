@@ -68,7 +68,7 @@ def test_normalize(points):
 
 
 @given(clouds(), st.data())
-def test_farthest_points_and_neighbors_are_those_of_the_obvious_twin(points, data):
+def test_farthest_points_and_neighbors_are_those_of_the_naive_implementation(points, data):
     B, N, _ = points.shape
     k = data.draw(st.integers(1, N))
     taken = farthest_point_sample(points, k)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import trimesh
 from published_layouts import payload, published_layouts, random_tensors, with_adam, write_layout
-from published_twins import TWINS, bare_tensors, pointnet2_centers
+from published_references import REFERENCES, bare_tensors, pointnet2_centers
 
 from cg3d.core.state_dict import read_checkpoint
 from cg3d.geometry.ops import farthest_point_sample, normalize
@@ -398,11 +398,13 @@ def test_ties_without_candidates_and_with_another_word():
 
 
 @pytest.mark.parametrize("kind", ["generic", "grid", "near origin"])
-def test_encoders_agree_with_their_twins(files, models, kind):
+def test_encoders_agree_with_the_references(files, models, kind):
     for name in ("cg3d/point_transformer", "ulip/pointmlp", "openshape/vitb32", "uni3d/ti"):
         cloud = parity_clouds(models[name].contract.points)[kind]
         with torch.no_grad():
-            difference = models[name].encoder(cloud[None])[0] - TWINS[name](bare_tensors(files[name]), cloud)
+            difference = models[name].encoder(cloud[None])[0] - REFERENCES[name](
+                bare_tensors(files[name]), cloud
+            )
         assert difference.abs().max() < 5e-5, name
 
 
@@ -548,10 +550,10 @@ def test_half_precision_files_without_a_head(models):
     assert {p.dtype for p in models["uni3d/ti"].encoder.parameters()} == {torch.float32}
 
 
-def test_parity_with_a_twin_and_through_files(files, models, tmp_path):
+def test_parity_with_a_reference_and_through_files(files, models, tmp_path):
     model = models["openshape/vitb32"]
     tensors = bare_tensors(files["openshape/vitb32"])
-    table = parity(model, lambda x: TWINS["openshape/vitb32"](tensors, x[0])[None])
+    table = parity(model, lambda x: REFERENCES["openshape/vitb32"](tensors, x[0])[None])
     assert list(table.index) == ["generic", "grid", "near origin"]
     assert (
         (table.difference < 2e-5).all() and (table["1 - cosine"] < 1e-6).all() and (table["size"] > 1).all()

@@ -193,6 +193,21 @@ def test_cg3d_formats():
     assert len(rows) == len(FORMATS) and rows[0]["name"] == "glTF 2.0"
 
 
+def test_cg3d_formats_agrees_with_the_documentation():
+    from cg3d.cli.app import app
+
+    lines = (ROOT / "docs" / "formats.md").read_text().partition("## Table of formats")[2].splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    columns = ["geometry", "color", "textures", "transforms", "units", "up", "refused"]
+    assert table[0] == ["format", "files", "read by", *columns]
+    shown = json.loads(CliRunner().invoke(app, ["formats", "--json"]).stdout)
+    up = {"": "y, assumed", "file": "as stated"}
+    for cells, row in zip(table[2:], shown, strict=True):
+        assert cells[:2] == [row["name"], row["suffixes"]] and cells[2].startswith(row["library"])
+        row["up"] = up.get(row["up"], row["up"])
+        assert cells[3:] == [row[name] or "-" for name in columns]
+
+
 def test_the_command_line_shows_warnings(tmp_path):
     from cg3d.cli.app import app
 

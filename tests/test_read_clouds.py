@@ -412,6 +412,7 @@ def test_spz(read, version):
         gzip.compress(b"x"),
         gzip.compress(struct.pack("<4sIIBBBB", b"NGSP", 2, 2**31, 0, 12, 0, 0)),
     ],
+    ids=["not compressed", "version", "no header", "count"],
 )
 def test_spz_that_is_wrong(read, content):
     with pytest.raises(InputError):

@@ -33,6 +33,7 @@ from mesh_checks import color, extent
 from cg3d.core.errors import Cg3dError, InputError, MissingPackage, UnsafeFile
 from cg3d.core.untrusted import limits
 from cg3d.io import limited
+from cg3d.io.foreign import parse_las
 from cg3d.io.read import read_mesh
 from cg3d.io.shape import read_shape
 
@@ -200,7 +201,10 @@ def test_cad_that_is_wrong(read, name, content):
         ("a.3ds", three_ds(), [1, 3, 2], "y", None),
         ("a.ac", ac3d(), [1, 2, 3], "y", None),
         ("a.x", direct_x(), [1, 2, 3], "y", None),
-        ("a.amf", amf(), [1, 2, 3], "z", None),
+        ("a.amf", amf(), [1, 2, 3], "z", 0.001),
+        ("a.amf", amf().replace('unit="millimeter"', ""), [1, 2, 3], "z", 0.001),
+        ("a.amf", amf().replace("millimeter", "inch"), [1, 2, 3], "z", 0.0254),
+        ("a.amf", amf().replace('"millimeter"', "'feet'"), [1, 2, 3], "z", 0.3048),
     ],
 )
 def test_assimp(read, name, content, size, up, unit):
@@ -672,6 +676,7 @@ WKT2 += 'AXIS["e",east],AXIS["n",north],LENGTHUNIT["foot",0.3048]]'
         ("", None),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*(another unit|degrees)")
 def test_units_of_laser_scans_as_text(tmp_path, text, unit):
     laspy = pytest.importorskip("laspy")
     made = laspy.read(las(tmp_path / "a.las", form=7, version="1.4"))
@@ -680,6 +685,8 @@ def test_units_of_laser_scans_as_text(tmp_path, text, unit):
     made.write(tmp_path / "b.las")
     mesh, shape = read_mesh(tmp_path / "b.las"), read_shape(tmp_path / "b.las")
     assert mesh.unit_in_meters == (None if unit is None else pytest.approx(unit, rel=1e-9))
+    said = "degrees" if text == DEGREES else "another unit" if text and unit is None else ""
+    assert said in " ".join(mesh.warnings) and bool(mesh.warnings) == bool(said)
     assert shape.size == (None if unit is None else pytest.approx((unit, 3 * unit, 2 * unit), rel=1e-6))
 
 
@@ -692,17 +699,51 @@ def test_units_of_laser_scans_as_text(tmp_path, text, unit):
         ({3076: 9003, 4099: 9001}, None),
         ({3076: 9999}, None),
         ({4099: 9001}, None),
+        ({1024: 2}, None),
         ({}, None),
     ],
 )
 def test_units_of_laser_scans_as_geotiff_keys(tmp_path, keys, unit):
+    mesh = read_mesh(las_with_keys(tmp_path, keys))
+    assert mesh.unit_in_meters == unit and bool(mesh.warnings) == (
+        keys in ({3076: 9003, 4099: 9001}, {1024: 2})
+    )
+
+
+def las_with_keys(folder, keys: dict[int, int]):
+    "A scan whose coordinate system is stated by GeoTIFF keys."
     laspy = pytest.importorskip("laspy")
-    made = laspy.read(las(tmp_path / "a.las"))
+    made = laspy.read(las(folder / "a.las"))
     rows = [[1, 1, 0, len(keys)], *([key, 0, 1, value] for key, value in keys.items())]
-    data = np.array(rows, "<u2").tobytes()
-    made.vlrs.append(laspy.VLR("LASF_Projection", 34735, "", data))
-    made.write(tmp_path / "b.las")
-    assert read_mesh(tmp_path / "b.las").unit_in_meters == unit
+    made.vlrs.append(laspy.VLR("LASF_Projection", 34735, "", np.array(rows, "<u2").tobytes()))
+    made.write(folder / "b.las")
+    return folder / "b.las"
+
+
+@pytest.mark.parametrize(
+    "keys, unit, says",
+    [
+        ({3072: 32633}, 1.0, None),  # UTM
+        ({3072: 2225}, 1200 / 3937, None),  # California, US survey feet
+        ({3072: 2225, 4096: 6360}, 1200 / 3937, None),  # heights in US survey feet
+        ({3072: 2225, 4096: 5703}, None, "another unit"),  # heights in meters
+        ({3072: 4326}, None, "degrees"),
+        ({3072: 65000}, None, "EPSG:65000 is unknown"),
+        ({3072: 32767}, None, None),  # defined by its user
+        ({3072: 2225, 3076: 9001}, 1.0, None),  # the unit that is stated counts
+    ],
+)
+def test_units_of_laser_scans_as_codes_of_epsg(tmp_path, keys, unit, says):
+    pytest.importorskip("pyproj")
+    mesh = read_mesh(las_with_keys(tmp_path, keys))
+    assert mesh.unit_in_meters == (None if unit is None else pytest.approx(unit, rel=1e-9))
+    assert not mesh.warnings if says is None else says in mesh.warnings[0]
+
+
+def test_a_unit_that_pyproj_would_have_to_look_up_is_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyproj", None)
+    mesh = parse_las(las_with_keys(tmp_path, {3072: 32633}))
+    assert mesh.unit_in_meters is None and "EPSG:32633; install pyproj" in mesh.warnings[0]
 
 
 def test_las_keeps_its_digits_and_stands_up(tmp_path):

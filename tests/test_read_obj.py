@@ -489,6 +489,11 @@ def test_random_bytes_give_one_kind_of_error(write):
             pass
 
 
+def test_free_forms_are_refused(write):
+    with pytest.raises(InputError, match="curves and surfaces are not read"):
+        write(VERTICES + "cstype bspline\ndeg 1 1\nsurf 0 1 0 1 1 2 3 4\nparm u 0 0 1 1\nend\n")
+
+
 def test_limits(write):
     with limits(faces=11), pytest.raises(UnsafeFile, match="faces"):
         write(VERTICES + TRIANGLES)

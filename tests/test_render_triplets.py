@@ -269,8 +269,8 @@ def test_triplets(collection, tmp_path, monkeypatch):
         (1,),
         (2,),
     }  # all views in turn
-    twin = Triplets(collection, "train", **options)
-    assert twin.cache.hit and torch.equal(twin.batch([0, 2, 3], 1)["points"], batch["points"])
+    resumed = Triplets(collection, "train", **options)
+    assert resumed.cache.hit and torch.equal(resumed.batch([0, 2, 3], 1)["points"], batch["points"])
     other = Triplets(collection, "train", **options, seed=1)
     assert not torch.equal(other.batch([0, 2, 3], 1)["points"], batch["points"])
 

@@ -16,6 +16,7 @@ import trimesh
 
 import cg3d
 from cg3d.data.furniture import furniture
+from cg3d.evaluation.conditions import CONDITIONS, conditions
 from cg3d.geometry.segmentation import overlaps
 from cg3d.io.scene import Scene, read_scene
 from cg3d.render.scene import scene_picture
@@ -88,6 +89,8 @@ def test_grounding_is_better_than_chance_and_the_largest_object(rooms, model, so
         table.loc["chance", "miou"], table.loc["largest object", "miou"]
     )
     assert table.loc["cg3d", "mean_class"] > table.loc["chance", "mean_class"]
+    stated = conditions(model, [True], "{} | a {}. (2)")
+    assert (table[list(CONDITIONS)] == pd.Series(stated)).all().all() and stated["file"] != "-"
 
 
 def test_function_and_description_queries(rooms):

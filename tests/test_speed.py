@@ -42,7 +42,7 @@ def pair(name):
 @pytest.mark.parametrize("name", SMALL)
 def test_training_gives_the_published_answer_and_gradients(name, small, monkeypatch):
     monkeypatch.setattr(layers, "SMALL", small)
-    monkeypatch.setattr(layers, "WIDE", True)
+    monkeypatch.setattr(layers, "ONEDNN", True)
     ours, other, points = pair(name)
     found = [model.train()(points) for model in (ours, other)]
     assert (found[0] - found[1]).abs().max() < 1e-4
@@ -63,7 +63,7 @@ def test_training_gives_the_published_answer_and_gradients(name, small, monkeypa
 @pytest.mark.parametrize("name", SMALL)
 def test_evaluation_gives_the_published_answer(name, monkeypatch):
     monkeypatch.setattr(layers, "SMALL", 0)
-    monkeypatch.setattr(layers, "WIDE", True)
+    monkeypatch.setattr(layers, "ONEDNN", True)
     ours, other, points = pair(name)
     with torch.no_grad():
         assert (ours.eval()(points) - other.eval()(points)).abs().max() < 1e-4

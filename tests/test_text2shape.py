@@ -87,6 +87,12 @@ def test_scores_by_hand(folder):
     assert scores.loc["chance", "RR@1"] == 50 and scores.loc["chance", "NDCG@5"] == pytest.approx(
         100 * (1 + 1 / log2(3)) / 2
     )
+    assert scores.loc["model", ["split", "templates", "up", "file"]].tolist() == [
+        "test",
+        "captions as they are",
+        "y",
+        "-",
+    ]
     assert scores.loc["model", "queries"] == 4 and scores.loc["model", "left out"] == "1 shapes, 1 captions"
 
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['JOBS', 'RESOURCES', 'PARAMETER_KINDS', 'MAX_RECIPE', 'STOPPED', 'NOT_REPEATED', 'resource_dir', 'job_notebook',
            'Parameter', 'parameters_of', 'read_value', 'list_recipes', 'read_recipe', 'job_values', 'JobError',
-           'JobResult', 'output_paths', 'forward_signals', 'run_job', 'recorded_settings', 'version_differences']
+           'JobResult', 'output_paths', 'forward_signals', 'watched_steps', 'run_job', 'recorded_settings',
+           'version_differences']
 
 # %% ../../nbs/cli/02_jobs.ipynb #c03
 import ast
@@ -14,8 +15,10 @@ import io
 import json
 import os
 import signal
+import tempfile
+import threading
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,15 +26,21 @@ from typing import IO, TYPE_CHECKING
 
 from ..core.atomic import writing
 from ..core.config import checked_value
-from ..core.errors import Cg3dError, InputError, MissingFile, MissingPackage
+from ..core.errors import Cg3dError, InputError, MissingFile, MissingPackage, did_you_mean, install_hint
 from ..core.untrusted import check_count, read_json, read_text
-from ..training.config import run_folder
+from ..training.config import PROGRESS_VARIABLE, run_folder
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% ../../nbs/cli/02_jobs.ipynb #c05
-JOBS = {"train": "train", "evaluate": "zero_shot", "finetune": "finetune"}  # command -> notebook
+JOBS = {
+    "train": "train",
+    "evaluate": "zero_shot",
+    "finetune": "finetune",
+    "retrieval": "retrieval",
+    "scene": "scene_query",
+}  # command -> notebook
 RESOURCES = {"nbs": "train.ipynb", "recipes": "quick.yaml"}  # folder -> a file that it must contain
 
 
@@ -142,7 +151,10 @@ def read_recipe(
     if path.suffix not in (".yaml", ".yml"):
         path = resource_dir("recipes") / f"{recipe}.yaml"
     if not path.is_file():
-        raise MissingFile(f"no recipe {recipe!r}: give a .yaml file, or one of {', '.join(list_recipes())}")
+        known = list_recipes()
+        raise MissingFile(
+            f"no recipe {recipe!r}: give a .yaml file, or one of {', '.join(known)}{did_you_mean(recipe, known)}"
+        )
     check_count(path, path.stat().st_size, MAX_RECIPE, "bytes of a recipe")
     try:
         values = yaml.safe_load(read_text(path))
@@ -180,7 +192,8 @@ def job_values(
     unknown = sorted(set(values) - set(parameters))
     if unknown:
         names = ", ".join(map(repr, unknown))
-        raise InputError(f"{job} has no parameter {names}; it has {', '.join(parameters)}", field=unknown[0])
+        hint = did_you_mean(unknown[0], parameters) or f"; it has {', '.join(parameters)}"
+        raise InputError(f"{job} has no parameter {names}{hint}", field=unknown[0])
     return {name: checked_value(name, value, parameters[name].kind) for name, value in values.items()}
 
 # %% ../../nbs/cli/02_jobs.ipynb #c14
@@ -224,11 +237,18 @@ def forward_signals() -> Iterator[type]:  # class of kernel managers
     managers = []
 
     class Manager(AsyncKernelManager):
+        received = []  # numbers of the signals that were forwarded
+
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             managers.append(self)
 
+        def format_kernel_cmd(self, extra_arguments=None):
+            quiet = ["--log-level=ERROR"]  # ipykernel warns of connections that stay on this machine
+            return super().format_kernel_cmd([*(extra_arguments or []), *quiet])
+
     def forward(number: int, frame) -> None:
+        Manager.received.append(number)
         if managers and managers[0].has_kernel:
             os.kill(managers[0].provisioner.pid, number)
         elif number == signal.SIGINT:
@@ -246,6 +266,42 @@ def forward_signals() -> Iterator[type]:  # class of kernel managers
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
+# %% ../../nbs/cli/02_jobs.ipynb #0176a9e8
+@contextlib.contextmanager
+def watched_steps(
+    on_steps: Callable[[dict], None] | None,  # gets step, total, loss and epoch, whenever they change
+    interval: float = 0.5,  # seconds between two looks
+) -> Iterator[None]:
+    "Call a function with the progress of a training that another process runs; None: do nothing."
+    if on_steps is None:
+        yield
+        return
+    stop = threading.Event()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "progress.json"
+
+        def watch() -> None:
+            last = ""
+            while not stop.wait(interval):
+                with contextlib.suppress(OSError, ValueError):  # not there yet, or being written
+                    text = path.read_text()
+                    if text != last:
+                        on_steps(json.loads(text))
+                        last = text
+
+        before = os.environ.get(PROGRESS_VARIABLE)
+        os.environ[PROGRESS_VARIABLE] = str(path)
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            os.environ.pop(PROGRESS_VARIABLE)
+            if before is not None:
+                os.environ[PROGRESS_VARIABLE] = before
+
 # %% ../../nbs/cli/02_jobs.ipynb #c20
 STOPPED = ("KeyboardInterrupt", "SystemExit")  # how a cell ends after Ctrl-C or SIGTERM
 
@@ -255,7 +311,9 @@ def run_job(
     values: dict,  # of `job_values`
     notebook: str | Path | None = None,  # the executed notebook; None: runs/<out>.ipynb
     stream: IO[str] | None = None,  # receives what the notebook prints
-    progress: bool = False,  # show a progress bar over the cells
+    on_steps: Callable[[dict], None]
+    | None = None,  # gets step, total, loss and epoch of the training, now and then
+    again: str = "",  # command that continues the job, for messages
 ) -> JobResult:
     """Execute a job notebook.
 
@@ -268,7 +326,7 @@ def run_job(
         import papermill
     except ModuleNotFoundError as error:
         raise MissingPackage(
-            "jobs need papermill and a notebook kernel: pip install 'cg3d[notebooks]'", value=error.name
+            f"jobs need papermill and a notebook kernel: {install_hint('notebooks')}", value=error.name
         ) from error
     from jupyter_client.kernelspec import NoSuchKernel
     from nbclient.exceptions import DeadKernelError
@@ -277,22 +335,22 @@ def run_job(
     notebook, folder = output_paths(job, values, notebook)
     with writing(notebook):
         notebook.parent.mkdir(parents=True, exist_ok=True)
-    resume = f"what it has saved is in {folder}, resume it with -p resume True"
+    resume = f"what it has saved is in {folder}" + (f"; continue with: {again}" if again else "")
     try:
-        with forward_signals() as manager:
+        with forward_signals() as manager, watched_steps(on_steps):
             papermill.execute_notebook(
                 job_notebook(job),
                 notebook,
                 values,
                 kernel_name="python3",
-                progress_bar=progress,
+                progress_bar=False,
                 stdout_file=stream,
                 stderr_file=stream,
                 kernel_manager_class=manager,
             )
     except NoSuchKernel as error:
         raise MissingPackage(
-            "there is no notebook kernel 'python3': pip install 'cg3d[notebooks]'", value="ipykernel"
+            f"there is no notebook kernel 'python3': {install_hint('notebooks')}", value="ipykernel"
         ) from error
     except DeadKernelError as error:
         message = f"{job} stopped: its process was killed, or memory ran out; {resume}"
@@ -302,6 +360,8 @@ def run_job(
         if error.ename in STOPPED:
             message = f"{job} was interrupted; {resume}"
         raise JobError(message, error.ename) from error
+    if signal.SIGINT in manager.received:  # the notebook ended in order, with results of a part of its work
+        raise JobError(f"{job} was interrupted; {resume}", "KeyboardInterrupt")
     return JobResult(notebook, folder, _read_results(folder))
 
 
@@ -312,7 +372,7 @@ def _read_results(folder: Path) -> "pd.DataFrame | None":
     return pd.read_csv(path) if path.is_file() else None
 
 # %% ../../nbs/cli/02_jobs.ipynb #1b3bd9a5
-NOT_REPEATED = ("out", "resume")  # settings of a run that its repetition does not take over
+NOT_REPEATED = ("out", "resume", "overwrite")  # settings of a run that its repetition does not take over
 
 
 def recorded_settings(

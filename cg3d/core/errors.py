@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Cg3dError', 'InputError', 'UnsafeFile', 'DamagedFile', 'KindError', 'MissingFile', 'NoSuchRow', 'PathTaken',
-           'CannotWrite', 'MissingPackage', 'Diverged', 'HubError']
+           'CannotWrite', 'MissingPackage', 'Diverged', 'HubError', 'did_you_mean', 'install_hint']
 
 # %% ../../nbs/core/00_errors.ipynb #0801e218
 import os
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 
 # %% ../../nbs/core/00_errors.ipynb #48bd3d65
@@ -83,3 +84,27 @@ class Diverged(Cg3dError, FloatingPointError):
 
 class HubError(Cg3dError, ConnectionError):
     "The hub, or another server, cannot be reached."
+
+# %% ../../nbs/core/00_errors.ipynb #2268ff03
+def did_you_mean(
+    word: str,  # as it was typed
+    known: Iterable[str],  # what it could have been
+    likeness: float = 0.6,  # smallest ratio of equal letters, 0 to 1
+) -> str:  # "; did you mean 'chair'?", or "" where nothing is near
+    "The end of a message about an unknown name."
+    import difflib
+
+    near = difflib.get_close_matches(str(word), [str(name) for name in known], 1, likeness)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+# %% ../../nbs/core/00_errors.ipynb #128a131c
+def install_hint(
+    extra: str,  # such as "render"
+) -> str:  # "pip install '/path/of/the/clone[render]'"
+    "The command that installs an extra of this installation."
+    import cg3d
+
+    package = Path(cg3d.__file__).resolve().parent
+    if (package.parent / "pyproject.toml").is_file():
+        return f"pip install '{package.parent}[{extra}]'"
+    return f"pip install 'PATH_OF_THE_WHEEL[{extra}]'"

@@ -231,6 +231,7 @@ class WeightSource:
         return [name for name in self.full if name.startswith(prefix)]
 
     def __getitem__(self, name: str) -> Tensor:
+        "Raises: InputError for a name that the file does not hold."
         if name not in self.full:
             raise InputError(
                 f"{self.path}: a {self.family} checkpoint needs {name!r}, and the file has no such tensor. "

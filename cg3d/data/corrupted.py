@@ -137,7 +137,10 @@ def _checked_clouds(file: Path, count: int) -> np.ndarray:  # (count, N, 3), mem
     _find_modelnet40_c,
 )
 def modelnet40_c(root: Path, names: str, up: str | None) -> Listing:
-    "2,468 test shapes, clean and under fifteen corruptions at five levels."
+    """2,468 test shapes, clean and under fifteen corruptions at five levels.
+
+    Raises: InputError for labels that are not class numbers.
+    """
     labels = np.asarray(load_npy(root / "label.npy")).reshape(-1)
     if labels.dtype.kind not in "iuf" or (labels != np.round(labels)).any():
         raise InputError(f"{root / 'label.npy'}: {labels.dtype} labels, expected class numbers")

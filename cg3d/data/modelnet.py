@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.errors import InputError, MissingPackage, UnsafeFile
+from ..core.errors import InputError, MissingPackage, UnsafeFile, install_hint
 from ..core.safe_pickle import load_npy, load_pickle
 from ..core.untrusted import LIMITS, check_count, read_json, read_lines, resolve_inside
 from .registry import Listing, Record, format_name, read_class_list, register_layout
@@ -156,7 +156,7 @@ def _h5_arrays(file: Path, stamp: tuple[int, int]) -> tuple[np.ndarray, np.ndarr
     try:
         import h5py
     except ImportError as error:
-        message = f"{file}: reading HDF5 needs h5py: pip install 'cg3d[data]'"
+        message = f"{file}: reading HDF5 needs h5py: {install_hint('data')}"
         raise MissingPackage(message, file=file, value="h5py") from error
     try:
         opened = h5py.File(file, "r")
@@ -357,7 +357,10 @@ def _dat_files(path: Path) -> list[Path]:
     unless=("modelnet40", "modelnet10"),
 )
 def modelnet_pickle(root: Path, names: str, up: str | None) -> Listing:
-    "ModelNet10 or 40, as ULIP and CG3D cache it."
+    """ModelNet10 or 40, as ULIP and CG3D cache it.
+
+    Raises: InputError for a folder without the files of the layout.
+    """
     files = sorted(_dat_files(root), key=lambda file: "_test_" in file.name)
     kinds = {file.name[len("modelnet") :].split("_")[0] for file in files}
     if len(kinds) != 1 or not kinds <= MODELNET.keys():
@@ -467,7 +470,10 @@ def modelnet40_ulip2(root: Path, names: str, up: str | None) -> Listing:
     _find_together("xyz_label.npy", folder="scanobjectnn"),
 )
 def scanobjectnn_openshape(root: Path, names: str, up: str | None) -> Listing:
-    "The test shapes that OpenShape and Uni3D publish."
+    """The test shapes that OpenShape and Uni3D publish.
+
+    Raises: InputError for a file without an array of the layout.
+    """
     file = root / "xyz_label.npy"
     data = object_array(file)
     data = data.item() if data.ndim == 0 else data

@@ -68,6 +68,7 @@ class Listing:
     warnings: list[str] = field(default_factory=list)  # differences that change results: `read_dataset` warns
     notes: list[str] = field(default_factory=list)  # information, reported by `check_data`
     label_order: str = "published order"  # of `labels`
+    mesh_points: int = 2048  # that `read` samples from a surface; other files have their own number
 
 # %% ../../nbs/data/01_registry.ipynb #c07
 class RecordReader:
@@ -259,7 +260,16 @@ class Layout:
 
 
 LAYOUTS: dict[str, Layout] = {}  # filled by the modules in `READER_MODULES`
-READER_MODULES = ("folder", "shapenet", "modelnet", "corrupted", "objaverse", "scannet", "shards")
+READER_MODULES = (
+    "folder",
+    "shapenet",
+    "modelnet",
+    "corrupted",
+    "domain_shift",
+    "objaverse",
+    "scannet",
+    "shards",
+)
 
 
 def register_layout(
@@ -381,6 +391,7 @@ def read_dataset(
     points: int | None = None,  # points per shape; None: as many as the first file has
     up: str | None = None,  # up axis of the files, "y" or "z"; None: as the layout says
     normalized: bool = True,  # center and scale each cloud; False: coordinates of the files
+    mesh_points: int = 2048,  # points sampled from each surface, where the files hold surfaces
 ) -> Collection:  # a `LazyCollection`, or a packed `Collection`
     """Open a data set; its geometry is read on access.
 
@@ -400,6 +411,7 @@ def read_dataset(
     listing = kind.make_listing(root, names=names, up=up)
     if isinstance(listing, Collection):
         return _open_packed(listing, split, points, normalized)
+    listing.mesh_points = max(mesh_points, points or 0)
     for message in listing.warnings:
         warnings.warn(message, stacklevel=3)
     return _open_listing(kind.name, root, listing, split, missing, points, normalized)

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from ..core.atomic import MANIFEST, exclusive_lock
 from ..core.config import check_settings
-from ..core.device import is_out_of_memory
-from ..core.errors import Cg3dError, InputError, MissingPackage, PathTaken
+from ..core.device import is_out_of_memory, to_device
+from ..core.errors import Cg3dError, InputError, MissingPackage, PathTaken, install_hint
 from .captions import color_words
 from .registry import LazyCollection
 from cg3d.data.shards import (
@@ -125,7 +125,7 @@ def encode_features(
     "Embeddings of views; the batch is halved if a GPU runs out of memory."
     try:
         device = next(backbone.parameters()).device
-        return backbone.encode_image(views.to(device)).float().cpu().numpy().astype(np.float16)
+        return backbone.encode_image(to_device(views, device)).float().cpu().numpy().astype(np.float16)
     except torch.OutOfMemoryError:
         if len(views) == 1:
             raise
@@ -141,9 +141,7 @@ def need_webdataset():
     try:
         import webdataset
     except ImportError as error:
-        message = (
-            "writing shards needs webdataset: pip install 'cg3d[scale]'; reading them needs nothing more"
-        )
+        message = f"writing shards needs webdataset: {install_hint('scale')}; reading them needs nothing more"
         raise MissingPackage(message, value="webdataset") from error
     return webdataset
 

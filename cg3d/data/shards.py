@@ -55,7 +55,7 @@ class Storage:
         except ImportError as error:
             raise MissingPackage(f"{self.url}: {error}", value=self.url) from error
         except ValueError as error:
-            message = f"{self.url}: {error}; give a folder, or a URL that fsspec knows"
+            message = f"{self.url}: {error}; give a folder, or a URL with a scheme of fsspec"
             raise InputError(message, value=self.url) from error
 
     @property

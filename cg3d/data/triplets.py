@@ -76,6 +76,7 @@ class Triplets(Dataset):
         folder: str | Path | None = None,  # of the view cache; None: the default
         workers: int = 2,  # rendering threads
         progress: bool = True,  # show a bar while rendering
+        device: torch.device | str = "cpu",  # that renders views
     ):
         self.collection = collection if split is None else collection.select(split=split)
         if not len(self.collection):
@@ -97,7 +98,7 @@ class Triplets(Dataset):
         self.lazy = isinstance(collection, LazyCollection)  # points and texts are read on access
         self.clouds = self.collection.lazy_points() if self.lazy else self.collection.points()  # (S, N, 6)
         if points > self.clouds.shape[1]:
-            message = f"points={points} but the clouds hold {self.clouds.shape[1]}"
+            message = f"points={points} but the clouds hold {self.clouds.shape[1]}: choose at most as many"
             raise InputError(message, field="points", value=points)
         table = self.collection.table
         self.names = table["name"].astype(str).tolist()
@@ -113,7 +114,8 @@ class Triplets(Dataset):
         elif self.lazy and self.collection.has_views:
             self.cache = self.collection.views(views, settings.size)
         else:
-            self.cache = ViewCache(self.clouds, views, settings, seed, elevation, folder, workers, progress)
+            options = (seed, elevation, folder, workers, progress, device)
+            self.cache = ViewCache(self.clouds, views, settings, *options)
 
     def _all_texts(self) -> list[dict[str, list[str]]]:
         "The texts that each row may draw."
@@ -123,7 +125,7 @@ class Triplets(Dataset):
         texts = [own_texts[row] for row in self.text_rows]
         for shape_id, kinds in zip(self.ids, texts):
             if not set(self.texts.kinds) & kinds.keys():
-                message = f"shape {shape_id!r} has none of the texts asked for; it offers {sorted(kinds)}"
+                message = f"shape {shape_id!r} has none of the selected kinds of text; it has {sorted(kinds)}"
                 raise InputError(message, field="texts")
         return texts
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..core.atomic import write_file
 from ..core.errors import InputError
-from .zero_shot import labeled_rows
+from .conditions import conditions
+from .zero_shot import labeled_rows, templates_words
 from ..io.collection import Collection
 from cg3d.models.calibration import (
     BACKGROUND,
@@ -77,7 +78,7 @@ def ask_questions(
     vectors = weights[labels.clamp(min=0)]
     padding = labels < 0
     similarity = torch.einsum("qd,qld->ql", shapes, vectors).masked_fill(padding, -torch.inf)
-    offered = vectors.masked_fill(padding[..., None], 0)  # a zero vector is nobody's synonym
+    offered = vectors.masked_fill(padding[..., None], 0)  # a zero vector is no synonym
     return Questions(similarity, background_similarity(shapes, offered, background), torch.tensor(answers))
 
 # %% ../../nbs/evaluation/05_calibration.ipynb #ce000006
@@ -152,9 +153,7 @@ def judge_calibration(
     questions: Questions,
     calibration: Calibration,
     raw_scale: float | None = None,  # factor on similarities of the plain softmax, to compare with
-) -> (
-    pd.DataFrame
-):  # one row for the plain softmax (if asked for) and one for the calibration; see the columns
+) -> pd.DataFrame:  # one row for the plain softmax (if `plain`) and one for the calibration; see the columns
     """How far confidences are from accuracies, and how well "none of these" is recognized.
 
     Columns: ECE over all questions (the plain softmax cannot answer "none of these"), ECE over those that offer the
@@ -231,11 +230,13 @@ def calibrate(
     collection: Collection,  # with columns `split` and `category`
     split: str = "val",  # rows that the model was not trained on
     views: int = 0,  # rendered views averaged into the embeddings
-) -> tuple[Calibration, pd.DataFrame]:  # and how good it is on these rows, see `judge_calibration`
+) -> tuple[Calibration, pd.DataFrame]:  # and how good it is on these rows, see `judge_calibration`;
+    # with CONDITIONS
     "Fit the probabilities of a model. Raises InputError, see `model_questions`."
     questions = model_questions(model, collection, split, views=views)
     fitted = fit_calibration(questions)
-    return fitted, judge_calibration(questions, fitted, model.logit_scale)
+    stated = conditions(model, collection.select(split=split), templates_words("own"), split)
+    return fitted, judge_calibration(questions, fitted, model.logit_scale).assign(**stated)
 
 
 def store_calibration(

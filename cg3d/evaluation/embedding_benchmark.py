@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.metrics import mean_class_accuracy, recall_at_k, top_k
-from .zero_shot import one_sided_clouds
+from .conditions import conditions
+from .zero_shot import one_sided_clouds, templates_words
 from ..io.collection import Collection
 from ..models.cg3d import CG3D
 from ..models.clip_backbone import Backbone
@@ -140,7 +141,8 @@ def evaluate_towers(
     split: str = "test",  # scored rows
     template: str = "a {}",  # sentence for a category
     views: int = 4,  # seeds; each gives one random view of every shape, and the accuracies are averaged
-) -> pd.DataFrame:  # measure, value, spread (standard deviation over the seeds), questions, candidates
+) -> pd.DataFrame:  # measure, value, spread (standard deviation over the seeds), questions, candidates,
+    # CONDITIONS
     """Image to category with one view, and agreement of the text tower with its teacher on unseen names.
 
     Raises: InputError for a collection or split without scored rows.
@@ -176,7 +178,8 @@ def evaluate_towers(
                 "questions": len(names),
             }
         )
-    return pd.DataFrame(table).round(3)
+    stated = conditions(backbone, rows, templates_words([template]))
+    return pd.DataFrame(table).round(3).assign(**stated)
 
 # %% ../../nbs/evaluation/02_embedding_benchmark.ipynb #4e3eee46
 POINT_MEASURES = (
@@ -195,7 +198,7 @@ def evaluate_points(
     templates: str | Sequence[str] = "a {}",  # sentences for a category
     seed: int = 0,  # of the depth cameras
     noise: float = 0.01,  # standard deviation of the depth, in radii of the shape
-) -> pd.DataFrame:  # measure, whole, one-sided (percent), kept, questions, candidates
+) -> pd.DataFrame:  # measure, whole, one-sided (percent), kept, questions, candidates, CONDITIONS
     """Shape to category and caption to shape, on whole and on partial clouds.
 
     Raises: InputError for a collection or split without scored rows.
@@ -216,8 +219,11 @@ def evaluate_points(
         recalls = [100 * recall_at_k(similarity, relevant, k) for k in (1, 10)]
         values[name] = _accuracies(embeddings[scored] @ weights.T, target) + recalls
     table = pd.DataFrame({"measure": POINT_MEASURES} | values)
-    return table.assign(
+    table = table.assign(
         kept=table["one-sided"] / table["whole"],
         questions=[len(target)] * 3 + [len(rows)] * 2,
         candidates=[len(categories)] * 3 + [len(rows)] * 2,
     ).round(3)
+    words = templates_words([templates] if isinstance(templates, str) else templates)
+    stated = conditions(model, rows, words)
+    return table.assign(**stated | {"templates": [words] * 3 + ["captions as they are"] * 2})

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..core.cache import ArrayCache
 from ..core.errors import InputError
+from .conditions import conditions
 from ..io.collection import Collection
 from ..models.cg3d import CG3D
 from ..models.views import embed_views
@@ -90,6 +91,12 @@ def _probe_data(
     return train_features, train_examples.target, test_features, remap_targets(test_examples, known), known
 
 
+def _conditions(encoder: InitialWeights | CG3D | nn.Module, test: Collection) -> dict[str, str]:
+    if isinstance(encoder, InitialWeights):
+        encoder = encoder.encoder if encoder.model is None else encoder.model
+    return conditions(encoder, test, "none")
+
+
 def _regression(C: float) -> "Pipeline":
     "Standardized features, then multinomial logistic regression"
     from sklearn.linear_model import LogisticRegression
@@ -124,7 +131,8 @@ def linear_probe(
     points: int = 0,  # points a cloud; 0: as many as the encoder was trained with
     seed: int = 0,  # of the folds
     cache: str | Path | None = None,  # folder of the features
-) -> pd.DataFrame:  # one row: accuracy, mean_class, C, validated (percent), train, test, classes, dim
+) -> pd.DataFrame:  # one row: accuracy, mean_class, C, validated (percent), train, test, classes, dim,
+    # CONDITIONS of the test shapes
     """Logistic regression on frozen features.
 
     Raises: InputError for labels with fewer than two training examples, test labels without training examples,
@@ -154,7 +162,7 @@ def linear_probe(
         "classes": len(names),
         "dim": x.shape[1],
     }
-    return pd.DataFrame([row]).round(2 if best_C >= 0.01 else 4)
+    return pd.DataFrame([row]).round(2 if best_C >= 0.01 else 4).assign(**_conditions(encoder, test))
 
 # %% ../../nbs/evaluation/03_linear_probe.ipynb #c11
 SHOTS = (1, 2, 4, 8, 16)
@@ -173,7 +181,7 @@ def few_shot(
     points: int = 0,  # points a cloud; 0: as many as the encoder was trained with
     cache: str | Path | None = None,  # folder of the features
 ) -> pd.DataFrame:  # shots, seeds, accuracy, deviation, mean_class, mean_class_deviation (percent), classes,
-    # short (labels with fewer examples than shots), test; one row a number of shots
+    # short (labels with fewer examples than shots), test, CONDITIONS of the test shapes; one row a number of shots
     """Accuracy with a few labeled examples a label: mean and standard deviation over draws.
 
     Raises: InputError for shots or seeds below 1, labels with too few training examples, test labels without
@@ -207,7 +215,8 @@ def few_shot(
         .reset_index()
     )
     short = [int((counts < count).sum()) for count in table["shots"]]
-    return table.assign(classes=len(names), short=short, test=len(x_test)).round(2)
+    table = table.assign(classes=len(names), short=short, test=len(x_test)).round(2)
+    return table.assign(**_conditions(encoder, test))
 
 
 def _check_shots(names: Sequence[str], counts: Tensor, shots: int) -> None:
@@ -215,7 +224,7 @@ def _check_shots(names: Sequence[str], counts: Tensor, shots: int) -> None:
     if few:
         listed = ", ".join(few[:6]) + (" ..." if len(few) > 6 else "")
         raise InputError(
-            f"{shots} shots are asked for, but {listed} training examples; "
+            f"shots={shots}, but {listed} training examples; "
             "leave them out (labels=...), ask for fewer shots or allow_fewer"
         )
 

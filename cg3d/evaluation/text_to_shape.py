@@ -11,6 +11,7 @@ import torch
 
 from ..core.metrics import ndcg_at_k, recall_at_k
 from ..data.text2shape import Text2Shape
+from .conditions import conditions
 from ..models.cg3d import CG3D
 
 # %% ../../nbs/evaluation/05_text_to_shape.ipynb #tr000005
@@ -21,16 +22,14 @@ def text2shape_scores(
     batch_size: int = 32,  # shapes in memory at once
 ) -> (
     pd.DataFrame
-):  # RR@1, RR@5, NDCG@5 in percent, split, queries, candidates, left out; rows model and chance
+):  # RR@1, RR@5, NDCG@5 in percent, queries, candidates, left out, CONDITIONS; rows model and chance
     "Score a model, and candidates in random order, by the protocol of Text2Shape. Raises errors of the files."
-    shapes = torch.cat(
-        [
-            model.encode_shape(
-                [data.read(row, points) for row in range(i, min(i + batch_size, len(data)))]
-            ).cpu()
-            for i in range(0, len(data), batch_size)
-        ]
-    )
+    parts, colored = [], []
+    for first in range(0, len(data), batch_size):
+        batch = [data.read(row, points) for row in range(first, min(first + batch_size, len(data)))]
+        colored += [shape.colors is not None for shape in batch]
+        parts.append(model.encode_shape(batch).cpu())
+    shapes = torch.cat(parts)
     unique, rows = pd.factorize(data.captions["caption"])[::-1]
     scores = model.encode_text(unique.tolist()).cpu()[torch.from_numpy(rows)] @ shapes.T
     target = torch.from_numpy(data.captions["shape"].to_numpy(copy=True))
@@ -41,6 +40,8 @@ def text2shape_scores(
     chance["NDCG@5"] = 100 * gain.sum().item() / n
     metrics = {f"RR@{k}": 100 * recall_at_k(scores, relevant, k) for k in (1, 5)}
     metrics["NDCG@5"] = 100 * ndcg_at_k(scores, relevant, 5)
-    counts = {"split": data.split, "queries": len(data.captions), "candidates": n}
+    stated = conditions(model, colored, "captions as they are", data.split)
+    counts = {"queries": len(data.captions), "candidates": n}
     counts["left out"] = f"{data.left_out['shapes']} shapes, {data.left_out['captions']} captions"
-    return pd.DataFrame([metrics | counts, chance | counts], index=["model", "chance"])
+    rows = [metrics | counts | stated, chance | counts | stated]
+    return pd.DataFrame(rows, index=["model", "chance"])

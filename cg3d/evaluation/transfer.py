@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ZERO_SHOT', 'RESULTS', 'CURVES', 'SETTINGS', 'RUN_COLUMNS', 'COLUMNS', 'FREE_ON_RESUME', 'label_names',
-           'split_examples', 'baseline_rows', 'TransferStudy', 'transfer_study', 'summarize_runs', 'paired_gain']
+           'split_examples', 'tested_with', 'baseline_rows', 'TransferStudy', 'transfer_study', 'summarize_runs',
+           'paired_gain']
 
 # %% ../../nbs/evaluation/04_transfer.ipynb #c02
 import json
@@ -21,8 +22,9 @@ from ..core.atomic import write_file
 from ..core.config import split_list, write_settings
 from ..core.device import pick_device
 from ..core.errors import InputError, MissingFile
+from .conditions import CONDITIONS, colored_clouds, conditions
 from .embedding_benchmark import scored_categories
-from .zero_shot import MAJORITY, frequent_labels, majority_scores
+from .zero_shot import MAJORITY, frequent_labels, majority_scores, templates_words
 from ..io.collection import Collection
 from cg3d.training.finetune import (
     Classifier,
@@ -102,26 +104,44 @@ def _check_splits(collection: Collection, config: FineTuneConfig) -> None:
         )
 
 
+def tested_with(
+    start: InitialWeights | None,  # None: nothing was measured but the majority class
+    test: Examples,
+    config: FineTuneConfig,  # test_split, or train_split and test_share
+) -> dict[str, str | int]:  # test (number of test shapes) and CONDITIONS; the hashes are those of the start
+    "The columns that say on what, and from which weights, a run was measured."
+    held_out = f"{100 * config.test_share:g} % of {config.train_split}"
+    split = held_out if config.test_share else config.test_split
+    if start is None:
+        return {"test": len(test)} | dict.fromkeys(CONDITIONS, "-") | {"split": split}
+    model = start.encoder if start.model is None else start.model
+    return {"test": len(test)} | conditions(model, colored_clouds(test.points), "none", split)
+
+
 def baseline_rows(
     starts: Mapping[str, InitialWeights | None],  # name -> initialization, None for random weights
     train: Examples,
     test: Examples,
+    config: FineTuneConfig,  # the splits
 ) -> list[dict]:
     "Results without training: the most frequent training label, and zero-shot classification"
     frequent = majority_scores(train.target, len(train.labels))[:1].expand(len(test), -1)
-    rows = [{"start": MAJORITY, "mode": "none"} | accuracies(frequent, test.target)]
+    nothing = tested_with(None, test, config)
+    rows = [{"start": MAJORITY, "mode": "none"} | accuracies(frequent, test.target) | nothing]
     for name, start in starts.items():
         if start is None or start.model is None:
             continue
         weights = start.model.zero_shot_classifier(train.labels)
         scores = start.model.encode_shape(test.points) @ weights.T
-        rows.append({"start": name, "mode": ZERO_SHOT} | accuracies(scores.cpu(), test.target))
+        stated = tested_with(start, test, config) | {"templates": templates_words("own")}
+        rows.append({"start": name, "mode": ZERO_SHOT} | accuracies(scores.cpu(), test.target) | stated)
     return [{"labels": 0.0, "shapes": 0, "seed": 0, "epochs": 0, "seconds": 0.0} | row for row in rows]
 
 # %% ../../nbs/evaluation/04_transfer.ipynb #c06
 RESULTS, CURVES, SETTINGS = "results.csv", "curves.csv", "finetune.json"  # files of a study
 RUN_COLUMNS = ["start", "mode", "labels", "seed"]  # identify a run
 COLUMNS = ["start", "mode", "labels", "shapes", "seed", "accuracy", "mean_class", "epochs", "seconds"]
+COLUMNS += ["test", *CONDITIONS]
 FREE_ON_RESUME = (
     "resume",
     "device",
@@ -137,7 +157,10 @@ FREE_ON_RESUME = (
 class TransferStudy:
     "Results of a transfer study"
 
-    results: pd.DataFrame  # `COLUMNS`, one row a run: labels (percent), accuracy and mean_class (percent)
+    results: (
+        pd.DataFrame
+    )  # `COLUMNS`, one row a run: labels (percent), accuracy and mean_class (percent), test
+    # (shapes), CONDITIONS; `file` and `weights` are those of the start
     curves: pd.DataFrame  # `RUN_COLUMNS` and the columns of `Tuning.history`, one row an epoch
     classifiers: dict[tuple[str, str], Classifier]  # (start, mode) -> with all labels and the first seed
 
@@ -221,7 +244,7 @@ def transfer_study(
         results, curves = _finished_runs(config, folder)
     starts = load_inits(config.starts, config.encoder) if starts is None else starts
     if not config.resume:
-        baselines = baseline_rows(starts, *split_examples(collection, config, config.seed))
+        baselines = baseline_rows(starts, *split_examples(collection, config, config.seed), config)
         results = pd.DataFrame(baselines)[COLUMNS]
     _write_study(folder, config, results, curves)
     finished = set(results[RUN_COLUMNS].itertuples(index=False, name=None))
@@ -265,6 +288,7 @@ def _one_run(
     else:
         scores = tuned.classifier.head(test_features).detach()
     row = {"shapes": len(subset), "epochs": len(tuned.history), "seconds": tuned.seconds}
+    row |= tested_with(start, test, config)
     return row | accuracies(scores, test.target), tuned.history, tuned.classifier
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEMPLATE_SETS', 'ENCODER', 'MAJORITY', 'IMAGE_TOWER', 'PROMPTED_TOWER', 'published_templates', 'parse_templates',
-           'zero_shot_weights', 'frequent_labels', 'labeled_rows', 'majority_scores', 'view_scores', 'method_scores',
-           'accuracy_table', 'zero_shot', 'one_sided_clouds', 'confusion_table']
+           'templates_words', 'zero_shot_weights', 'frequent_labels', 'labeled_rows', 'majority_scores', 'view_scores',
+           'method_scores', 'accuracy_table', 'with_conditions', 'zero_shot', 'one_sided_clouds', 'confusion_table']
 
 # %% ../../nbs/evaluation/00_zero_shot.ipynb #c02
 from collections.abc import Callable, Sequence
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError
 from ..core.metrics import confusion, mean_class_accuracy, top_k
+from .conditions import conditions_of
 from ..geometry.depth_camera import depth_view
 from ..io.collection import Collection
 from ..models.cg3d import CG3D, checked_labels
@@ -101,6 +102,16 @@ def parse_templates(
     for template in templates:
         fill_template(template, "label")  # raises for a sentence without {}
     return templates
+
+
+def templates_words(
+    templates: str | Sequence[str],  # for `parse_templates`, or sentences with {} for the label
+) -> str:  # such as "own (16)"
+    "How a table states templates: the name of the set, or the sentences, and their number."
+    sentences = parse_templates(templates) if isinstance(templates, str) else tuple(templates)
+    names = [name for name, known in TEMPLATE_SETS.items() if known == sentences]
+    shown = names[0] if names else " | ".join(sentences[:3]) + (" | ..." if len(sentences) > 3 else "")
+    return f"{shown} ({len(sentences)})"
 
 # %% ../../nbs/evaluation/00_zero_shot.ipynb #b98e439d
 @torch.no_grad()
@@ -256,6 +267,23 @@ def accuracy_table(
     return pd.DataFrame(rows).assign(shapes=len(target), classes=classes).round(2)
 
 
+def with_conditions(
+    table: pd.DataFrame,  # with the methods of `method_scores` in the column `method`
+    model: CG3D,  # that was measured
+    collection: Collection,  # measured shapes
+    templates: str | Sequence[str] = TEMPLATES,  # for `parse_templates`, or sentences
+    split: str = "",  # of the rows; empty: the values of the column `split`
+) -> pd.DataFrame:  # with the columns CONDITIONS of each method
+    "Add the conditions of the measurement: of the model, of its image tower, or none for the majority class."
+    words = templates_words(templates)
+    own, tower = conditions_of([model, model.backbone], collection, words, split)
+    prompted = own | {name: tower[name] for name in ("up", "color")}
+    nothing = dict.fromkeys(own, "-") | {"split": own["split"]}
+    known = {ENCODER: own, IMAGE_TOWER: tower, PROMPTED_TOWER: prompted}
+    columns = pd.DataFrame([known.get(method, nothing) for method in table["method"]], index=table.index)
+    return table.join(columns)
+
+
 def zero_shot(
     model: CG3D,
     collection: Collection,  # shapes to classify
@@ -263,14 +291,15 @@ def zero_shot(
     column: str = "category",  # true labels
     min_shapes: int = 8,  # smallest number of shapes of a label
     **options,  # of `method_scores`: templates, normalize_text, views, settings, change, chunk
-) -> pd.DataFrame:  # method, top1, top3, top5, mean_class (percent), shapes, classes
+) -> pd.DataFrame:  # method, top1, top3, top5, mean_class (percent), shapes, classes, CONDITIONS
     """Zero-shot classification of a collection, with the majority class and the image tower as baselines.
 
     Raises: InputError if fewer than two labels are given or frequent enough, or no shape has one of them.
     """
     labels = frequent_labels(collection, min_shapes, column) if labels is None else list(labels)
     rows, target = labeled_rows(collection, labels, column)
-    return accuracy_table(method_scores(model, rows, target, labels, **options), target)
+    table = accuracy_table(method_scores(model, rows, target, labels, **options), target)
+    return with_conditions(table, model, rows, options.get("templates", TEMPLATES))
 
 # %% ../../nbs/evaluation/00_zero_shot.ipynb #c23
 def one_sided_clouds(

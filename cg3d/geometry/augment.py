@@ -69,7 +69,8 @@ def rotate_up(
     )
     if step:
         angle = (angle / step).round() * step
-    up = points.new_tensor([0.0, 1.0, 0.0]).expand(len(points), 3)
+    up = points.new_zeros(len(points), 3)
+    up[:, 1] = 1
     return _rotate(points, up, torch.deg2rad(angle))
 
 

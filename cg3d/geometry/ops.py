@@ -166,7 +166,7 @@ def _farthest_points(xyz: Tensor, first: Tensor, k: int, skip_below: float | Non
     planes = xyz.permute(2, 0, 1).contiguous()  # (3, B, N), one plane a coordinate
     gap = xyz.new_full((B, N), float("inf"))  # squared distance to the nearest chosen point; -1: no candidate
     if skip_below is not None:
-        gap[planes.square().sum(0) <= skip_below] = -1
+        gap.masked_fill_(planes.square().sum(0) <= skip_below, -1)
     difference = torch.empty_like(planes)  # one buffer for all rounds: the loop is limited by memory
     chosen = []
     for _ in range(k):
@@ -220,17 +220,18 @@ def farthest_point_sample(
         first = (random_uniform((B, 1), generator, xyz.device) * N).long()
     if ties == "first":
         return torch.ops.cg3d.farthest_point_sample(xyz, first, k, skip_below)
-    order = pointnet2_order(N).to(xyz.device)
+    order = pointnet2_order(N, xyz.device)
     skip_below = -1.0 if skip_below is None else skip_below  # -1 skips none and rules out other kernels' ties
     return order[torch.ops.cg3d.farthest_point_sample(xyz[:, order], order.argsort()[first], k, skip_below)]
 
 # %% ../../nbs/geometry/00_ops.ipynb #fpsties2
 def pointnet2_order(
     n: int,  # points of a cloud
+    device: torch.device | str = "cpu",  # of the result
 ) -> Tensor:  # their indices, (n,), from most to least preferred
     "The order in which the kernel of `pointnet2_ops` prefers points that are equally far."
     bits = min(n.bit_length() - 1, 9)  # 512 threads at most
-    index = torch.arange(n)
+    index = torch.arange(n, device=device)
     reverse = torch.zeros_like(index)
     for bit in range(bits):
         reverse = 2 * reverse + (index >> bit & 1)

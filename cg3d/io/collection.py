@@ -27,7 +27,7 @@ SCALE = 32767  # int16 steps from the center to the unit sphere
 
 
 class Packed:
-    "The geometry of a collection, read from its `.npz` when first asked for."
+    "The geometry of a collection, read from its `.npz` on first use."
 
     def __init__(
         self,
@@ -39,7 +39,11 @@ class Packed:
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        "points int16 (S, N, 3), colors uint8 (S, N, 3), has_color bool (S,)."
+        """points int16 (S, N, 3), colors uint8 (S, N, 3), has_color bool (S,).
+
+        Raises: InputError for a file that is not a packed collection, arrays of another type or size, or
+        another number of rows than in its table.
+        """
         arrays = self._given
         if arrays is None:
             with open_npz(self.path) as archive:
@@ -98,7 +102,7 @@ class Collection:
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, i: int) -> Shape:
-        "Shape of one row."
+        "Shape of one row. Raises NoSuchRow for a row outside the collection."
         if not -len(self) <= i < len(self):
             raise NoSuchRow(f"row {i} of a collection of {len(self)}; rows are counted from 0", value=i)
         row, at, arrays = self.table.iloc[i], self.rows[i], self.packed.arrays
@@ -125,7 +129,10 @@ class Collection:
         mask=None,  # booleans, one a row
         **equals,  # a column and the value, or list of values, that it must have
     ) -> "Collection":  # shares the geometry
-        "The rows that match, e.g. `select(split='test', judged=1)`."
+        """The rows that match, e.g. `select(split='test', judged=1)`.
+
+        Raises: InputError for an unknown column or a mask of another size or type.
+        """
         keep = np.ones(len(self), bool) if mask is None else np.asarray(mask)
         if keep.dtype != bool or keep.shape != (len(self),):
             raise InputError(f"mask must be {len(self)} booleans, got {keep.dtype} {keep.shape}")
@@ -196,7 +203,11 @@ def _with_texts(table: pd.DataFrame, texts: pd.DataFrame) -> pd.DataFrame:
 def read_collection(
     path: str | Path,  # "x", "x.npz" or "x.csv"
 ) -> Collection:
-    "Open a packed collection; its geometry is read on first use."
+    """Open a packed collection; its geometry is read on first use.
+
+    Raises: MissingFile if one of the two files is not there, InputError for a table that cannot be read or
+    has no names.
+    """
     path = Path(path)
     stem = path.with_suffix("") if path.suffix in (".npz", ".csv") else path
     geometry, words = Path(f"{stem}.npz"), Path(f"{stem}.csv")
@@ -231,7 +242,10 @@ def write_collection(
     columns: pd.DataFrame
     | None = None,  # further columns (split, judged, ...), one row a shape; they win over the shape's own
 ) -> Collection:  # what was written, read back
-    "Pack shapes; the same shapes give the same bytes."
+    """Pack shapes; the same shapes give the same bytes.
+
+    Raises: InputError for no shapes, or columns of another length.
+    """
     path, packed, rows = Path(path), {"points": [], "colors": [], "has_color": []}, []
     for shape in shapes:
         cloud = shape.cloud(n).numpy()

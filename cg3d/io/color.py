@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +55,7 @@ ROUNDING = 1e-3  # colors in [0, 1] may exceed the range by this much
 def _color_range(
     values: np.ndarray,  # finite
 ) -> float | None:  # the value that stands for full intensity; None where the values fit no range
-    low, top = values.min(), values.max()
+    low, top = float(values.min()), float(values.max())
     if low < -ROUNDING or top > 65535:
         return None
     if values.dtype.kind == "f" and top <= 2:
@@ -112,7 +111,7 @@ def require_colors(
     raise InputError(f"{message}; {remedy}", file=source, field="rgb", value=high, remedy=remedy)
 
 # %% ../../nbs/io/00_color.ipynb #c013
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TGA", "TIFF", "GIF", "DDS", "PPM", "JPEG2000")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TGA", "TIFF", "GIF", "DDS", "PPM", "JPEG2000", "AVIF")
 
 
 def _without_opaque_alpha(
@@ -125,9 +124,10 @@ def _rgb_pixels(
     image,  # a PIL image, decoded here
 ) -> np.ndarray:  # uint8 (H, W, 3), or (H, W, 4) where some of it is transparent
     if image.mode.startswith("I"):
-        gray = np.asarray(image).astype(np.float64)
-        gray = np.rint(gray / (257 if gray.max() > 255 or image.mode != "I" else 1))
-        return np.repeat(gray.clip(0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
+        gray = np.array(image, np.float32)
+        gray /= 257 if image.mode != "I" or gray.max() > 255 else 1
+        np.rint(gray, out=gray).clip(0, 255, out=gray)
+        return np.repeat(gray.astype(np.uint8)[:, :, None], 3, axis=2)
     if image.mode == "F":
         raise InputError("pixels of 32-bit floats have no stated range; save it as PNG")
     if image.has_transparency_data:
@@ -150,6 +150,25 @@ def _ktx2_pixels(
     return _without_opaque_alpha(np.asarray(texture.transcode(opengl_basisu.Target.RGBA8).data))
 
 
+def _opened(
+    data: bytes,
+    source: str | Path,
+    limit: int,
+):  # a PIL image, not decoded yet
+    "Read the head of a picture, with our own limit instead of Pillow's."
+    from PIL import Image
+
+    Image.init()
+    formats = [name for name in IMAGE_FORMATS if name in Image.OPEN]
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        image = Image.open(io.BytesIO(data), formats=formats)
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+    check_count(source, image.width * image.height, limit, "pixels of a texture")
+    return image
+
+
 def decode_image(
     data: bytes,  # a whole picture file
     source: str | Path,  # named in errors
@@ -165,12 +184,8 @@ def decode_image(
     try:
         if data[:7] == b"\xabKTX 20":
             return _ktx2_pixels(data, source, limit)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-            check_count(source, image.width * image.height, limit, "pixels of a texture")
-            return _rgb_pixels(image)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError, MemoryError) as error:
+        return _rgb_pixels(_opened(data, source, limit))
+    except MemoryError as error:
         raise UnsafeFile(f"{source}: the picture is too large: {error}", file=source) from error
     except Cg3dError:
         raise
@@ -206,7 +221,10 @@ WRAPS = ("repeat", "clamp", "mirror")
 
 @dataclass
 class Texture:
-    "A decoded picture and how it continues outside of the unit square."
+    """A decoded picture and how it continues outside of the unit square.
+
+    Raises: InputError for pixels that are not uint8 (H, W, 3 or 4), or an unknown wrap mode.
+    """
 
     pixels: np.ndarray  # sRGB, uint8 (H, W, 3), or with alpha (H, W, 4); row 0 is at v = 0
     wrap: tuple[str, str] = ("repeat", "repeat")  # along u and v: repeat, clamp or mirror
@@ -265,7 +283,7 @@ BLENDED_ALPHA = 0.1  # what is blended and more transparent than this is not the
 
 @dataclass
 class Material:
-    "What one surface is painted with."
+    "What one surface is painted with. Raises InputError for a factor that is not (3,)."
 
     name: str = ""
     factor: np.ndarray | None = None  # base color, LINEAR light, float (3,); None: unknown

@@ -15,7 +15,8 @@ from .color import are_normals, unit_colors
 from .mesh import Mesh
 
 # %% auto #0
-__all__ = ['PLACE_NAMES', 'COLOR_NAMES', 'UV_NAMES', 'MAX_COLUMNS', 'plain_name', 'find_names', 'cloud_of_table']
+__all__ = ['PLACE_NAMES', 'COLOR_NAMES', 'ALPHA_NAMES', 'UV_NAMES', 'MAX_NAME', 'MAX_COLUMNS', 'plain_name', 'find_names',
+           'cloud_of_table']
 
 # %% ../../nbs/io/08_columns.ipynb #c004
 PLACE_NAMES = (
@@ -36,15 +37,19 @@ COLOR_NAMES += tuple(
     for prefix in ("diffuse", "color", "colour", "vertex", "face", "scalar", "rgb")
     for channels in COLOR_NAMES[:2]
 )
+ALPHA_NAMES = (("alpha",), ("a",), ("diffusealpha",), ("opacity",))
 UV_NAMES = (("s", "t"), ("u", "v"), ("textureu", "texturev"), ("textures", "texturet"), ("texu", "texv"))
 UV_NAMES += (("s0", "t0"), ("u0", "v0"))
+
+
+MAX_NAME = 64  # letters of a name
 
 
 def plain_name(
     name: str,
 ) -> str:  # lower case letters and digits
-    "A column's name as it is compared."
-    return re.sub(r"[^0-9a-z]", "", re.sub(r"[\[(].*?[\])]", "", str(name).lower()))
+    "A column's name as it is compared, without a unit in brackets; longer ones are none that is looked for."
+    return re.sub(r"[^0-9a-z]", "", re.sub(r"[\[(].*?[\])]", "", str(name)[:MAX_NAME].lower()))
 
 
 def find_names(

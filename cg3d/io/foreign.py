@@ -18,11 +18,12 @@ from .color import Material, Texture, cutout_alpha, to_linear, unit_colors
 from .limited import require, run_limited
 from .mesh import Mesh, Surface
 from .textures import Textures
+from .threemf import UNITS_IN_METERS
 
 # %% auto #0
-__all__ = ['CHORD_ERROR', 'CHORD_ANGLE', 'ASSIMP_UP', 'ASSIMP_METERS', 'NO_SHADING', 'FBX_RECORD', 'WKT_UNIT', 'GEO_UNITS',
-           'parse_cad', 'read_cad', 'fbx_pictures', 'parse_assimp', 'read_assimp', 'wkt_unit', 'parse_las', 'read_las',
-           'parse_e57', 'read_e57']
+__all__ = ['CHORD_ERROR', 'CHORD_ANGLE', 'ASSIMP_UP', 'ASSIMP_METERS', 'AMF_UNIT', 'NO_SHADING', 'FBX_RECORD', 'WKT_UNIT',
+           'GEO_UNITS', 'parse_cad', 'read_cad', 'fbx_pictures', 'parse_assimp', 'read_assimp', 'wkt_units',
+           'epsg_unit', 'parse_las', 'read_las', 'parse_e57', 'read_e57']
 
 # %% ../../nbs/io/19_foreign.ipynb #c004
 CHORD_ERROR = 0.01  # of the length of an edge
@@ -32,7 +33,7 @@ CHORD_ANGLE = 0.3  # radians
 def parse_cad(
     path: Path,  # .step, .stp, .iges, .igs
 ) -> Mesh:
-    "What `read_cad` returns; runs in the child."
+    "What `read_cad` returns; runs in the child. Raises InputError if OpenCASCADE finds no shape."
     import cascadio
 
     from cg3d.io.gltf import read_gltf
@@ -72,6 +73,7 @@ def read_cad(
 # %% ../../nbs/io/19_foreign.ipynb #c008
 ASSIMP_UP = {".amf": "z"}  # other formats are y up, or turned to it
 ASSIMP_METERS = (".fbx", ".dae")  # scaled to meters
+AMF_UNIT = re.compile(rb"<amf\b[^>]*\bunit\s*=\s*[\"'](\w+)", re.I)
 NO_SHADING = 9  # Assimp's number of the shading model of unlit surfaces
 FBX_RECORD = re.compile(rb"\x10RelativeFilenameS|\x08FilenameS|\x07ContentR")
 
@@ -143,6 +145,14 @@ def _assimp_surface(part, material: Material | None) -> Surface | None:  # None 
     return surface
 
 
+def _assimp_unit(path: Path) -> float | None:  # meters; None where it is not stated
+    if path.suffix.lower() != ".amf":
+        return 1.0 if path.suffix.lower() in ASSIMP_METERS else None
+    with open(path, "rb") as file:
+        stated = AMF_UNIT.search(file.read(4096))
+    return UNITS_IN_METERS.get(stated.group(1).decode().lower() if stated else "millimeter")
+
+
 def parse_assimp(
     path: Path,  # of one of Assimp's formats
 ) -> Mesh:
@@ -160,9 +170,10 @@ def parse_assimp(
     lines = sum(surface is None for surface in surfaces)
     if lines:
         notes.append(f"{lines} parts of lines or points were left out")
-    unit = 1.0 if suffix in ASSIMP_METERS else None
     kept = [surface for surface in surfaces if surface is not None]
-    return Mesh(kept, warnings=notes, up=ASSIMP_UP.get(suffix, "y"), unit_in_meters=unit).checked(path)
+    return Mesh(
+        kept, warnings=notes, up=ASSIMP_UP.get(suffix, "y"), unit_in_meters=_assimp_unit(path)
+    ).checked(path)
 
 
 def read_assimp(
@@ -196,35 +207,81 @@ WKT_UNIT = re.compile(r'(?<![A-Z])(?:LENGTH)?UNIT\s*\[\s*"[^"]*"\s*,\s*([-+.\deE
 GEO_UNITS = {9001: 1.0, 9002: 0.3048, 9003: 1200 / 3937}  # EPSG codes: meter, foot, US survey foot
 
 
-def wkt_unit(
+def wkt_units(
     text: str,  # a coordinate system as well-known text, WKT 1 or 2
-) -> float | None:  # meters; None where it is not projected, or heights have another unit
-    "The unit of length of a coordinate system."
+) -> tuple[float | None, float | None]:  # of the plan and of heights, meters; NaN: degrees; None: not stated
+    "The units of a coordinate system."
     horizontal, *vertical = re.split("VERT_CS|VERTCRS", text)
     lengths = [float(each) for each in WKT_UNIT.findall(horizontal)]
-    if not re.search("PROJCS|PROJCRS|PROJECTEDCRS|LOCAL_CS", horizontal) or not lengths:
-        return None
     heights = [float(each) for part in vertical for each in WKT_UNIT.findall(part)]
-    unit = lengths[-1]  # those before it are of angles and of the ellipsoid
-    return unit if 0 < unit < 1e4 and all(abs(each - unit) < 1e-5 * unit for each in heights) else None
+    if re.search("PROJCS|PROJCRS|PROJECTEDCRS|LOCAL_CS", horizontal):
+        plan = lengths[-1] if lengths else None  # those before it are of angles and of the ellipsoid
+        return (plan if plan is not None and 0 < plan < 1e4 else None), heights[-1] if heights else None
+    return (np.nan if re.search("GEOGCS|GEOGCRS|GEODCRS", horizontal) else None), None
 
 
-def _las_unit(records) -> float | None:  # of the variable length records, meters; None where none states it
-    for record in records:
-        if type(record).__name__ == "WktCoordinateSystemVlr":
-            return wkt_unit(record.string)
-    for record in records:
-        if type(record).__name__ == "GeoKeyDirectoryVlr":
-            keys = {key.id: key.value_offset for key in record.geo_keys if key.tiff_tag_location == 0}
-            horizontal, vertical = keys.get(3076), keys.get(4099, keys.get(3076))
-            return GEO_UNITS.get(horizontal) if horizontal == vertical else None
-    return None
+def epsg_unit(
+    code: int,  # of a projected, geographic or vertical coordinate system
+    notes: list[str],  # gets a sentence where it cannot be looked up
+) -> float | None:  # meters; NaN: degrees; None: unknown
+    "The unit of a coordinate system that is only named by its EPSG code."
+    try:
+        import pyproj
+    except ImportError:
+        notes.append(f"its unit is that of EPSG:{code}; install pyproj to read it (pip install pyproj)")
+        return None
+    try:
+        axis = pyproj.CRS.from_epsg(code).axis_info[0]
+    except (pyproj.exceptions.CRSError, IndexError):
+        notes.append(f"its coordinate system EPSG:{code} is unknown, and so is its unit")
+        return None
+    return np.nan if "degree" in axis.unit_name or "grad" in axis.unit_name else axis.unit_conversion_factor
+
+
+def _key_units(keys: dict[int, int], notes: list[str]) -> tuple[float | None, float | None]:
+    "As `wkt_units`, of GeoTIFF keys."
+    user_defined = (0, 32767)
+    if keys.get(1024) == 2:  # geographic
+        return np.nan, None
+    plan = GEO_UNITS.get(keys.get(3076))
+    if 3076 not in keys and keys.get(3072, 0) not in user_defined:
+        plan = epsg_unit(keys[3072], notes)
+    height = GEO_UNITS.get(keys.get(4099))
+    if 4099 not in keys and keys.get(4096, 0) not in user_defined:
+        height = epsg_unit(keys[4096], [])
+    return plan, height
+
+
+def _las_unit(
+    records,  # variable length records
+    notes: list[str],
+) -> float | None:  # meters; None where none states it
+    texts = [each.string for each in records if type(each).__name__ == "WktCoordinateSystemVlr"]
+    tables = [each.geo_keys for each in records if type(each).__name__ == "GeoKeyDirectoryVlr"]
+    if texts:
+        plan, height = wkt_units(texts[0])
+    elif tables:
+        keys = {key.id: key.value_offset for key in tables[0] if key.tiff_tag_location == 0}
+        plan, height = _key_units(keys, notes)
+    else:
+        return None
+    if plan is not None and np.isnan(plan):
+        notes.append(
+            "its places are degrees of longitude and latitude, which distorts its form; project it first"
+        )
+        return None
+    if plan is not None and height is not None and abs(plan - height) > 1e-5 * plan:
+        notes.append(
+            f"its heights have another unit ({height:g} m) than its plan ({plan:g} m); convert them first"
+        )
+        return None
+    return plan
 
 
 def parse_las(
     path: Path,  # .las, .laz
 ) -> Mesh:
-    "What `read_las` returns; runs in the child."
+    "What `read_las` returns; runs in the child. Raises InputError for a file that was cut short."
     import laspy
 
     _check_las_head(path)
@@ -236,9 +293,10 @@ def parse_las(
             message = f"{path}: announces {header.point_count:,} points, holds {complete:,}; "
             raise InputError(message + "the file was cut short, fetch it again", file=path, value=complete)
         points = reader.read()
-        unit = _las_unit([*header.vlrs, *(reader.evlrs or ())])
+        notes: list[str] = []
+        unit = _las_unit([*header.vlrs, *(reader.evlrs or ())], notes)
     xyz = np.stack([np.asarray(points[axis]) for axis in "xyz"], 1)
-    colors, notes = None, []
+    colors = None
     if "red" in points.point_format.dimension_names:
         rgb = np.stack([np.asarray(points[channel]) for channel in ("red", "green", "blue")], 1)
         colors = unit_colors(rgb) if rgb.any() else None
@@ -277,7 +335,7 @@ def _e57_colors(
 def parse_e57(
     path: Path,
 ) -> Mesh:
-    "What `read_e57` returns; runs in the child."
+    "What `read_e57` returns; runs in the child. Raises InputError for a file without a scan."
     import pye57
 
     pye57.e57.SUPPORTED_POINT_FIELDS.update(dict.fromkeys(("colorRed", "colorGreen", "colorBlue"), "H"))

@@ -17,7 +17,7 @@ from ..core.errors import InputError, MissingPackage
 from ..core.untrusted import LIMITS, check_count
 from .color import BLENDED_ALPHA, Material, Texture, to_srgb
 from .gltf_data import Document, decode_draco, whole_number
-from .mesh import Mesh, Surface, file_errors
+from .mesh import Mesh, Surface, file_errors, opaque_points
 from .textures import Textures
 
 # %% auto #0
@@ -33,6 +33,7 @@ KNOWN_EXTENSIONS = {
     "EXT_mesh_gpu_instancing",
     "EXT_meshopt_compression",
     "EXT_structural_metadata",
+    "EXT_texture_avif",
     "EXT_texture_webp",
     "KHR_animation_pointer",
     "KHR_draco_mesh_compression",
@@ -52,7 +53,10 @@ KNOWN_EXTENSIONS = {
 def check_extensions(
     document: Document,
 ) -> None:
-    "Refuse a document that requires an extension that is not read here."
+    """Refuse a document that requires an extension that is not read here.
+
+    Raises: InputError with the name of the extension.
+    """
     required = document.json.get("extensionsRequired", [])
     unknown = [
         name for name in required if name not in KNOWN_EXTENSIONS and not name.startswith("KHR_materials_")
@@ -399,7 +403,7 @@ def _skin_rows(
 
 # %% ../../nbs/io/06_gltf.ipynb #c023
 WRAP_MODES = {10497: "repeat", 33071: "clamp", 33648: "mirror"}
-TEXTURE_EXTENSIONS = ("EXT_texture_webp", "MSFT_texture_dds", "KHR_texture_basisu")
+TEXTURE_EXTENSIONS = ("EXT_texture_webp", "EXT_texture_avif", "MSFT_texture_dds", "KHR_texture_basisu")
 
 
 def uv_transform_matrix(
@@ -565,6 +569,15 @@ def placed(
     return np.concatenate([positions @ matrix[:3, :3].T + matrix[:3, 3] for matrix in matrices])
 
 # %% ../../nbs/io/06_gltf.ipynb #c028
+def _vertex_alpha(
+    colors: np.ndarray | None,  # COLOR_0, (V, 3 or 4)
+    material: Material | None,
+) -> np.ndarray | None:  # float32 (V,); None where alpha plays no part
+    if colors is None or colors.shape[1] < 4 or material is None or material.visible_alpha is None:
+        return None
+    return colors[:, 3].clip(0, 1).astype(np.float32)
+
+
 class _Builder:
     "Collects the surfaces and points of the shown nodes."
 
@@ -618,13 +631,22 @@ class _Builder:
         xyz = self._vertices(geometry, rows, weights, places, joints)
         material = self.materials.material(primitive.get("material"))
         light = morphed(self.document, geometry, "COLOR_0", weights, rows)
+        alpha = _vertex_alpha(light, material)
         if material is not None and material.factor is not None:
             light = material.factor * (1 if light is None else light[:, :3])
             if material.emission is not None and material.emission.texture is None:
                 light = light + material.emission.factor
         colors = np.full((count, 3), np.nan if light is None else 1.0)
         colors = colors if light is None else to_srgb((colors * light[..., :3]).clip(0, 1))
-        self.points.append((xyz, np.tile(colors, (len(xyz) // max(count, 1), 1))))
+        copies = len(xyz) // max(count, 1)
+        colors = np.tile(colors, (copies, 1))
+        if alpha is not None and count:
+            notes: list[str] = []
+            seen = np.tile(opaque_points(alpha * material.alpha, material.visible_alpha, notes), copies)
+            xyz, colors = xyz[seen], colors[seen]
+            for note in notes:
+                self.document.warn(note)
+        self.points.append((xyz, colors))
 
     def _add_surface(self, geometry, primitive, weights, places, joints) -> None:
         faces = geometry.faces()
@@ -641,13 +663,15 @@ class _Builder:
         material = self.materials.material(primitive.get("material"))
         light = morphed(self.document, geometry, "COLOR_0", weights, rows)
         uvs = self._texture_coordinates(geometry, material, weights, rows)
+        alpha = _vertex_alpha(light, material)
         light = None if light is None else np.asarray(light[:, :3].clip(0, 1), np.float32)
         if copies > 1:
             vertices = len(xyz) // copies
             faces = (faces[None] + vertices * np.arange(copies)[:, None, None]).reshape(-1, 3)
             uvs = [None if uv is None else np.tile(uv, (copies, 1)) for uv in uvs]
             light = None if light is None else np.tile(light, (copies, 1))
-        self.surfaces.append(Surface(xyz, faces, uvs, light, None, material))
+            alpha = None if alpha is None else np.tile(alpha, copies)
+        self.surfaces.append(Surface(xyz, faces, uvs, light, None, material, alpha))
 
     def _texture_coordinates(self, geometry, material, weights, rows) -> list[np.ndarray | None]:
         "The sets that a material uses; None for the others."

@@ -116,7 +116,7 @@ def decode_data_uri(
 
 
 class Document:
-    "A glTF document whose parts are read when they are asked for."
+    "A glTF document whose parts are read on first use."
 
     def __init__(
         self,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,12 +23,15 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['MAX_DRAWS', 'MAX_PLACES', 'Surface', 'blend_corners', 'surface_colors', 'surface_visible', 'double_areas',
-           'sample_faces', 'Mesh', 'file_errors', 'find_beside', 'from_trimesh']
+           'sample_faces', 'Mesh', 'opaque_points', 'file_errors', 'find_beside', 'from_trimesh']
 
 # %% ../../nbs/io/01_mesh.ipynb #c005
 @dataclass
 class Surface:
-    "Triangles of one material, in world coordinates."
+    """Triangles of one material, in world coordinates.
+
+    Raises: InputError for a face that names a missing vertex.
+    """
 
     vertices: np.ndarray  # float64 (V, 3)
     faces: np.ndarray  # rows of `vertices`, int64 (F, 3)
@@ -37,6 +41,7 @@ class Surface:
     vertex_colors: np.ndarray | None = None  # LINEAR light, float32 (V, 3); NaN where unknown
     face_colors: np.ndarray | None = None  # LINEAR light, float32 (F, 3); NaN where unknown
     material: Material | None = None  # None: the file names none
+    vertex_alpha: np.ndarray | None = None  # opacity, multiplies that of the material, float32 (V,)
 
     def __post_init__(self):
         self.vertices = np.asarray(self.vertices, np.float64)
@@ -46,6 +51,7 @@ class Surface:
         _check_shape("faces", self.faces, (face_count, 3))
         _check_shape("vertex_colors", self.vertex_colors, (count, 3))
         _check_shape("face_colors", self.face_colors, (face_count, 3))
+        _check_shape("vertex_alpha", self.vertex_alpha, (count,))
         for uv in self.uvs:
             _check_shape("uvs", uv, (count, 2), (face_count, 3, 2))
         if face_count and (self.faces.min() < 0 or self.faces.max() >= count):
@@ -138,6 +144,9 @@ def surface_visible(
     if material is None or material.visible_alpha is None:
         return np.ones(len(faces), bool)
     alpha = np.full(len(faces), material.alpha)
+    if surface.vertex_alpha is not None:
+        corners = surface.vertex_alpha[surface.faces[faces]]
+        alpha = alpha * blend_corners(corners[:, :, None], barycentric)[:, 0]
     place = None if material.texture is None else _texture_places(surface, material, faces, barycentric)
     if place is not None:
         alpha = alpha * material.texture.alpha(place)
@@ -272,6 +281,21 @@ def _alpha_of(surface: Surface) -> float | None:  # least alpha of a visible pla
     return None if surface.material is None else surface.material.visible_alpha
 
 
+def opaque_points(
+    alpha: np.ndarray,  # opacity of the points of a cloud, in [0, 1], (N,)
+    least: float,  # of a point that is there
+    notes: list[str],  # gets a sentence where points are left out, or none would be there
+) -> np.ndarray:  # booleans, (N,)
+    "Which points of a cloud are there; all of them where none would be."
+    seen = alpha >= least
+    if not seen.any():
+        notes.append("all of it is transparent; it was read as opaque")
+        return np.ones(len(alpha), bool)
+    if not seen.all():
+        notes.append(f"{int((~seen).sum()):,} of an opacity below {least:g} were left out")
+    return seen
+
+
 def _by_surface(
     surfaces: list[Surface],
     chosen: np.ndarray,  # face of each point, counted through all surfaces, (n,)
@@ -361,7 +385,9 @@ def find_beside(
     slashed = name.replace("\\", "/")
     for candidate in dict.fromkeys([name, slashed, slashed.rpartition("/")[2]]):
         try:
-            found = _any_case(resolve_inside(path.parent, candidate, path)) if candidate.strip() else None
+            found = None
+            if candidate.strip():
+                found = _any_case(resolve_inside(path.parent, candidate, path), path.parent)
         except UnsafeFile as error:
             refused, found = refused or error, None
         if found is not None and found.resolve().is_relative_to(path.parent.resolve()):
@@ -373,16 +399,20 @@ def find_beside(
     )
 
 
-def _any_case(path: Path) -> Path | None:  # the file, or one whose name differs in case only
+def _any_case(
+    path: Path,
+    folder: Path,  # in which it is looked for
+) -> Path | None:  # the file, or one whose name or folders differ in case only
     try:
         if path.is_file():
             return path
-        if path.parent.is_dir():
-            same = (each for each in path.parent.iterdir() if each.name.lower() == path.name.lower())
-            return next((each for each in same if each.is_file()), None)
+        places = [folder]
+        for part in os.path.relpath(path, folder).split(os.sep):
+            inside = (each for place in places if place.is_dir() for each in place.iterdir())
+            places = [each for each in inside if each.name.lower() == part.lower()]
+        return next((each for each in places if each.is_file()), None)
     except (OSError, ValueError):  # a name that no file system takes
         return None
-    return None
 
 # %% ../../nbs/io/01_mesh.ipynb #c023
 def from_trimesh(

@@ -12,11 +12,13 @@ import numpy as np
 from ..core.errors import InputError, UnsafeFile
 from ..core.untrusted import LIMITS, check_count, open_npz
 from .color import to_linear, unit_colors
-from .columns import cloud_of_table
+from .columns import cloud_of_table, plain_name
 from .mesh import Mesh, Surface
+from .pcd import unpacked_colors
+from .polygons import triangulate
 
 # %% auto #0
-__all__ = ['ARRAY_NAMES', 'read_npy', 'find_arrays', 'read_npz']
+__all__ = ['VECTOR_FIELDS', 'ARRAY_NAMES', 'read_npy', 'find_arrays', 'read_npz']
 
 # %% ../../nbs/io/14_numpy_arrays.ipynb #c004
 def _looks_like(
@@ -46,6 +48,28 @@ def _looks_like(
     return f"a depth picture or features ({shape} {array.dtype}); give rows of x y z or x y z r g b"
 
 
+VECTOR_FIELDS = dict.fromkeys(("xyz", "position", "positions", "point", "points", "pos"), "xyz")
+VECTOR_FIELDS |= dict.fromkeys(("rgb", "rgba", "color", "colors", "colour", "colours"), "rgba")
+
+
+def _records(
+    path: Path,
+    array: np.ndarray,  # with named fields, (N,)
+) -> Mesh:
+    "A cloud of records; a field may hold a vector, or red, green and blue in one number as in PCL and ROS."
+    columns: dict[str, np.ndarray] = {}
+    for name in array.dtype.names:
+        values = array[name].reshape(len(array), -1)
+        letters = VECTOR_FIELDS.get(plain_name(name), "")
+        if letters == "rgba" and values.shape[1] == 1 and values.dtype.itemsize == 4:
+            values = unpacked_colors(values[:, 0])
+        if 3 <= values.shape[1] <= len(letters):
+            columns |= dict(zip(letters, values.T))
+        else:
+            columns[name] = values[:, 0]
+    return cloud_of_table(path, np.stack(list(columns.values()), 1).astype(np.float64), list(columns))
+
+
 def _cloud(
     path: Path,
     array: np.ndarray,
@@ -53,8 +77,7 @@ def _cloud(
 ) -> Mesh:
     "A cloud, or what the array is instead."
     if array.dtype.names:
-        columns = [array[name].reshape(len(array), -1)[:, :1] for name in array.dtype.names]
-        return cloud_of_table(path, np.concatenate(columns, 1).astype(np.float64), list(array.dtype.names))
+        return _records(path, array.ravel())
     if array.dtype.kind not in "fiub":
         raise InputError(f"{path}: {named}holds {array.dtype}, not numbers", file=path)
     what = _looks_like(array)
@@ -132,11 +155,12 @@ def read_npz(
     faces = found.get("faces")
     if faces is None:
         return cloud
-    if faces.ndim != 2 or faces.shape[1] != 3 or faces.dtype.kind not in "iu":
-        raise InputError(
-            f"{path}: faces must be whole numbers (F, 3), got {faces.dtype} {faces.shape}", file=path
-        )
-    surface = Surface(cloud.points, faces)
+    if faces.ndim != 2 or faces.shape[1] < 3 or faces.dtype.kind not in "iu":
+        message = f"{path}: faces must be whole numbers (F, 3 or more), got {faces.dtype} {faces.shape}"
+        raise InputError(message, file=path)
+    check_count(path, len(faces) * (faces.shape[1] - 2), LIMITS.faces, "faces")
+    corners, _ = triangulate(np.full(len(faces), faces.shape[1]))
+    surface = Surface(cloud.points, faces.ravel()[corners])
     if cloud.point_colors is not None:
         surface.vertex_colors = to_linear(cloud.point_colors).astype(np.float32)
     return Mesh([surface])

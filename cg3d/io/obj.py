@@ -21,11 +21,12 @@ from .polygons import triangulate
 from .textures import Textures
 
 # %% auto #0
-__all__ = ['BLOCK', 'OPTION_WORDS', 'normalized_text', 'blocks', 'Lines', 'float_rows', 'leading_columns', 'face_corners',
-           'absolute_indices', 'Elements', 'parse_map', 'Library', 'read_obj']
+__all__ = ['BLOCK', 'MAX_LIBRARIES', 'OPTION_WORDS', 'normalized_text', 'blocks', 'Lines', 'float_rows', 'leading_columns',
+           'face_corners', 'absolute_indices', 'Elements', 'parse_map', 'Library', 'read_obj']
 
 # %% ../../nbs/io/07_obj.ipynb #c005
 BLOCK = 1 << 23  # bytes of text taken at a time
+MAX_LIBRARIES = 1000  # of one file
 
 
 def normalized_text(
@@ -81,10 +82,9 @@ class Lines:
         self.text = np.frombuffer(bytearray(block), np.uint8)
         self.ends = np.flatnonzero(self.text == 10)
         self.starts = np.concatenate([[0], self.ends[:-1] + 1])
-        indented = self._blank(self.starts)
-        while indented.any():
-            self.starts = self.starts + indented
-            indented = self._blank(self.starts)
+        if self._blank(self.starts).any():
+            letters = np.flatnonzero((self.text > 32) | (self.text == 10))
+            self.starts = letters[np.searchsorted(letters, self.starts)]
         self.first = self.text[self.starts]
         self.second = self.text[np.minimum(self.starts + 1, self.ends)]
 
@@ -264,10 +264,12 @@ class Elements:
     uv_count: int = 0
     face_count: int = 0
     current: int = -1  # material in force
+    free_form: bool = False  # it holds curves or surfaces
 
     def add(self, block: bytes) -> None:
         "The elements of one more block of lines."
         lines = Lines(block)
+        self.free_form = self.free_form or b"\ncstype " in b"\n" + block
         values, widths = float_rows(lines, b"v", 3)
         self.xyz.append(leading_columns(values, widths, 0, 3))
         colored = len(widths) and widths.max() >= 6
@@ -401,6 +403,7 @@ class Library:
             key, value = words[0].lower(), words[1].strip() if len(words) > 1 else ""
             if key == "newmtl":
                 entry = self.entries.setdefault(value, {})
+                entry["folder"] = library.parent.resolve().relative_to(self.path.parent.resolve()).as_posix()
             elif key in ("kd", "map_kd", "ke", "map_ke", "d", "map_d") and value:
                 entry[key] = value
 
@@ -419,7 +422,7 @@ class Library:
         options["visible_alpha"] = BLENDED_ALPHA if alpha < 1 or "map_d" in entry else None
         if "map_kd" in entry:
             material = Material(name, factor, texture_times_factor=False, **options)
-            return self._with_texture(material, entry["map_kd"], entry.get("map_d"))
+            return self._with_texture(material, entry)
         if factor is None and emission is not None:
             factor = np.zeros(3)
         return None if factor is None else Material(name, factor, **options)
@@ -430,33 +433,36 @@ class Library:
             return None  # Ke 0 0 0, which most exporters write
         if "map_ke" in entry:
             name, options = parse_map(entry["map_ke"])
-            texture = self.textures.beside(self._without_comment(name), loss="its emitted light is left out")
+            name = self._picture_name(name, entry)
+            texture = self.textures.beside(name, loss="its emitted light is left out")
             transform = _map_transform(options)
             if texture is not None:
                 return Material("", texture=texture, uv_transform=transform, texture_times_factor=False)
         return None if factor is None else Material("", factor)
 
-    def _with_texture(self, material: Material, text: str, opacity: str | None) -> Material:
-        name, options = parse_map(text)
+    def _with_texture(self, material: Material, entry: dict[str, str]) -> Material:
+        name, options = parse_map(entry["map_kd"])
         factor = material.factor
         if factor is not None and np.ptp(factor) == 0:
             factor = None  # a gray that stands below a texture says nothing
         loss = "its color is unknown" if factor is None else "its color is the material's Kd"
         wrap = "clamp" if options.get("-clamp", [""])[0].lower() == "on" else "repeat"
-        texture = self.textures.beside(self._without_comment(name), (wrap, wrap), loss)
+        texture = self.textures.beside(self._picture_name(name, entry), (wrap, wrap), loss)
         if texture is None:
             return replace(material, factor=factor)
         material = replace(material, texture=texture, uv_transform=_map_transform(options))
         if material.visible_alpha is None:
             return replace(material, visible_alpha=cutout_alpha(texture))
-        return material if opacity is None else self._with_opacity(material, parse_map(opacity)[0])
+        if "map_d" not in entry:
+            return material
+        return self._with_opacity(material, self._picture_name(parse_map(entry["map_d"])[0], entry))
 
     def _with_opacity(self, material: Material, name: str) -> Material:
         "The picture of `map_d` becomes the alpha of the texture, unless the texture has one."
         pixels = material.texture.pixels
         if pixels.shape[2] == 4:
             return material
-        mask = self.textures.beside(self._without_comment(name), loss="the surface counts as opaque")
+        mask = self.textures.beside(name, loss="the surface counts as opaque")
         if mask is None:
             return replace(material, visible_alpha=None)
         rows, columns = (
@@ -467,14 +473,23 @@ class Library:
         texture = replace(material.texture, pixels=np.dstack([pixels, alpha]))
         return replace(material, texture=texture)
 
-    def _without_comment(self, name: str) -> str:
-        "A file name, without what stands behind ` #` unless there is a file of that name."
-        if " #" in name:
+    def _picture_name(
+        self,
+        name: str,  # as the library writes it, relative to its own folder; perhaps with a comment behind it
+        entry: dict[str, str],
+    ) -> str:  # relative to the folder of the OBJ
+        "The first of the readings of a name for which there is a file."
+        plain, folder = name.partition(" #")[0].strip(), entry["folder"]
+        names = dict.fromkeys((name, plain))
+        last = plain.replace("\\", "/").rpartition("/")[2]
+        inside = [f"{folder}/{each}" for each in (*names, last)] if folder != "." else []
+        for candidate in (*inside, *names):
             try:
-                find_beside(self.path, name)
+                find_beside(self.path, candidate)
+                return candidate
             except (MissingFile, InputError):
-                return name.partition(" #")[0].strip()
-        return name
+                continue
+        return plain
 
 
 def _opacity(
@@ -586,9 +601,12 @@ def read_obj(
         mesh = Mesh()
         library = Library(path, mesh.warnings)
         if elements.face_count:
+            check_count(path, len(elements.libraries), MAX_LIBRARIES, "material libraries")
             for name in elements.libraries:
                 library.add(name)
             mesh.surfaces = _surfaces(elements, library)
+        elif elements.free_form:
+            raise InputError("curves and surfaces are not read; convert them to polygons")
         elif elements.vertex_count:
             mesh.points = np.concatenate(elements.xyz)
             rgb = np.concatenate(elements.rgb)

@@ -17,7 +17,7 @@ from .tables import parse_numbers
 
 # %% auto #0
 __all__ = ['PCD_TYPES', 'MAX_PCD_HEADER', 'COLOR_FIELDS', 'lzf_decompress', 'read_pcd_header', 'pcd_count', 'pcd_row',
-           'read_pcd_rows', 'pcd_colors', 'read_pcd']
+           'read_pcd_rows', 'unpacked_colors', 'pcd_colors', 'read_pcd']
 
 # %% ../../nbs/io/12_pcd.ipynb #c004
 def lzf_decompress(
@@ -183,7 +183,7 @@ def read_pcd_rows(
 COLOR_FIELDS = (("red", "green", "blue"), ("r", "g", "b"))
 
 
-def _unpacked(
+def unpacked_colors(
     packed: np.ndarray,  # the field rgb or rgba, (N,)
 ) -> np.ndarray:  # sRGB in [0, 1], float32 (N, 3), NaN where a text holds no number
     "Red, green and blue of packed numbers."
@@ -212,7 +212,7 @@ def pcd_colors(
         return None
     if packed.ndim == 2:
         return unit_colors(packed[:, :3]) if packed.shape[1] in (3, 4) else None
-    return _unpacked(packed)
+    return unpacked_colors(packed)
 
 
 def read_pcd(

@@ -13,9 +13,9 @@ import numpy as np
 
 from ..core.errors import InputError
 from ..core.untrusted import LIMITS, check_count
-from .color import Material, cutout_alpha, to_linear, unit_colors
-from .columns import COLOR_NAMES, PLACE_NAMES, UV_NAMES, find_names
-from .mesh import Mesh, Surface, file_errors
+from .color import BLENDED_ALPHA, Material, cutout_alpha, to_linear, unit_colors
+from .columns import ALPHA_NAMES, COLOR_NAMES, PLACE_NAMES, UV_NAMES, find_names
+from .mesh import Mesh, Surface, file_errors, opaque_points
 from .polygons import strip_triangles, triangulate
 from .tables import Element, List, Property, as_doubles, parse_numbers, read_table
 from .textures import Textures
@@ -165,6 +165,19 @@ def _stacked(
     )
 
 
+def _as_declared(
+    element: Element,
+    values: np.ndarray,  # as read; doubles in a text
+    name: str,  # of one of the columns
+) -> np.ndarray:
+    "Numbers of a text in the type that the header declares."
+    kind = next(each.kind for each in element.properties if each.name == name)
+    if kind[0] not in "iu" or values.dtype.kind != "f" or not np.isfinite(values).all() or values.min() < 0:
+        return values
+    fits = kind in ("u1", "u2") and values.max() < 256 ** int(kind[1])
+    return values.astype(kind if fits else "i8")
+
+
 def element_colors(
     element: Element,  # as declared
     columns: dict[str, np.ndarray | List],  # as read
@@ -175,12 +188,7 @@ def element_colors(
     if found is None or not len(found[0]):
         return None
     values, names = found
-    kind = next(each.kind for each in element.properties if each.name == names[0])
-    if (
-        kind[0] in "iu" and values.dtype.kind == "f" and np.isfinite(values).all() and 0 <= values.min()
-    ):  # of a text
-        values = values.astype(kind if kind in ("u1", "u2") and values.max() < 256 ** int(kind[1]) else "i8")
-    colors = unit_colors(values)
+    colors = unit_colors(_as_declared(element, values, names[0]))
     if colors is None:
         message = f"{', '.join(names)} of element {element.name} hold numbers that are no colors"
         notes.append(f"{message} ({np.min(values):.3g} to {np.max(values):.3g}); left out")
@@ -280,6 +288,7 @@ class Vertices:
     places: np.ndarray  # float64 (V, 3)
     colors: np.ndarray | None  # sRGB in [0, 1], float32 (V, 3)
     columns: dict[str, np.ndarray | List]  # all properties by name
+    alpha: np.ndarray | None = None  # opacity in [0, 1], float32 (V,); None where none of them is transparent
 
 
 def _surface(
@@ -294,13 +303,17 @@ def _surface(
     def linear(colors):
         return None if colors is None else to_linear(colors).astype(np.float32)
 
+    textured = material is not None and material.texture is not None
+    if material is None and vertices.alpha is not None:
+        material = Material(factor=np.ones(3), visible_alpha=BLENDED_ALPHA)
     surface = Surface(vertices.places, faces.triangles[selected], material=material)
-    if material is not None and material.texture is not None:  # the picture replaces other colors
+    if textured:  # the picture replaces other colors
         surface.uvs = [vertex_uv if faces.uvs is None else faces.uvs[selected]]
     elif faces.colors is not None:
         surface.face_colors = linear(faces.colors[selected])
     else:
         surface.vertex_colors = linear(vertices.colors)
+        surface.vertex_alpha = vertices.alpha
     return surface
 
 
@@ -346,7 +359,19 @@ def _vertices(path: Path, header: Header, tables: dict, notes: list[str]) -> Ver
     place = _stacked(columns, PLACE_NAMES)
     if place is None:
         return None
-    return Vertices(place[0].astype(np.float64, copy=False), element_colors(element, columns, notes), columns)
+    colors = element_colors(element, columns, notes)
+    alpha = None if colors is None else _alpha(element, columns)
+    return Vertices(place[0].astype(np.float64, copy=False), colors, columns, alpha)
+
+
+def _alpha(element: Element, columns: dict) -> np.ndarray | None:  # see `Vertices`
+    found = _stacked(columns, ALPHA_NAMES)
+    if found is None or not len(found[0]):
+        return None
+    alpha = unit_colors(_as_declared(element, *found[:1], found[1][0]))
+    if alpha is None or not (alpha < BLENDED_ALPHA).any():
+        return None
+    return np.nan_to_num(alpha[:, 0], nan=1.0)
 
 
 def read_vertices(
@@ -383,7 +408,9 @@ def read_ply(
 
         return gaussian_cloud(path, vertices.places, columns)
     if faces is None or not len(faces.triangles):
-        return Mesh(points=vertices.places, point_colors=vertices.colors, warnings=notes)
+        seen = slice(None) if vertices.alpha is None else opaque_points(vertices.alpha, BLENDED_ALPHA, notes)
+        colors = None if vertices.colors is None else vertices.colors[seen]
+        return Mesh(points=vertices.places[seen], point_colors=colors, warnings=notes)
     uv = _stacked(columns, UV_NAMES)
     uv = None if uv is None else _v_down(uv[0])
     return Mesh(_surfaces(path, header, vertices, faces, uv, notes), warnings=notes)

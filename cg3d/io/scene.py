@@ -57,7 +57,7 @@ AXES = {
 def up_vector(
     up: str | Sequence[float],  # name of an axis (x, y, z, -x, -y, -z), or a direction
 ) -> np.ndarray:  # (3,), unit
-    "The direction that is up."
+    "The direction that is up. Raises InputError for anything else than an axis name or three numbers."
     if isinstance(up, str):
         if up not in AXES:
             raise InputError(
@@ -121,7 +121,10 @@ def guess_up(
 # %% ../../nbs/io/25_scene.ipynb #c13
 @dataclass
 class Scene:
-    "A scan: points in meters, colors, what is up, and, where they are known, the things in it."
+    """A scan: points in meters, colors, what is up, and, where they are known, the things in it.
+
+    Raises: InputError for arrays that do not match the points, KindError for points that are no numbers.
+    """
 
     points: np.ndarray  # (N, 3); float32 meters once made
     colors: np.ndarray | None = None  # (N, 3), uint8 or in [0, 1]; float32 once made
@@ -135,6 +138,10 @@ class Scene:
 
     def __post_init__(self):
         self.notes, self._cache = [], {}
+        self.sources = {
+            key: "found" if getattr(self, key) is None else "given" for key in ("up", "unit")
+        }  # given, found; `read_scene` adds stated: by the file
+        self.origin, self.meters_per_unit = np.zeros(3), 1.0  # of the points given, see `file_points`
         self.points = np.asarray(self.points)
         if self.points.ndim != 2 or self.points.shape[1] != 3:
             raise InputError(
@@ -231,17 +238,26 @@ class Scene:
                 f"unit={self.unit!r} is not one of {', '.join(UNITS)}", field="unit", value=self.unit
             )
         if np.abs(self.points).max() * UNITS[self.unit] > 1e4:
-            self.points = self.points - np.median(self.points, axis=0)
+            self.origin = np.median(self.points, axis=0)
+            self.points = self.points - self.origin
             self._say("far from the origin: moved there, so that float32 keeps the millimeters", warn=False)
-        self.points = self.points * UNITS[self.unit]
+        self.meters_per_unit = UNITS[self.unit]
+        self.points = self.points * self.meters_per_unit
         self.unit = "m"
 
     def _find_up(self) -> None:
         self.up = tuple(guess_up(self.points).round(4).tolist())
-        self._say(
-            f"up was not given and was found to be {next((name for name, axis in AXES.items() if axis == self.up), self.up)}",
-            warn=False,
-        )
+        self._say(f"up was not given and was found to be {self.up_name}", warn=False)
+
+    def show(
+        self,
+        result=None,  # of `cg3d.scenes.grounding.query_scene`, for this scene; None: the scene alone
+        **options,  # of `cg3d.viz.large.view_scene`: limit, host, port
+    ):  # viser's server; its `stop()` ends it
+        "Show the scan in the browser, up to millions of points; raises MissingPackage without viser."
+        from cg3d.viz.large import view_scene
+
+        return view_scene(self, result, **options)
 
     def __len__(self) -> int:
         return len(self.points)
@@ -256,6 +272,22 @@ class Scene:
         if self.instance is not None:
             words.append(f"{len(self.instances())} instances")
         return f"Scene({', '.join(words)})"
+
+    @property
+    def up_name(self) -> str:
+        "The axis that is up: x, y, z, -x, -y, -z, or its direction."
+        up = self.up if isinstance(self.up, str) else tuple(self.up)
+        return next((name for name, axis in AXES.items() if up in (name, axis)), str(up))
+
+    @property
+    def file_unit(self) -> str:
+        "Unit of the points given: m, cm, mm, in, ft, or its length in meters."
+        names = {size: name for name, size in UNITS.items()}
+        return names.get(self.meters_per_unit, f"{self.meters_per_unit:g} m")
+
+    def file_points(self) -> np.ndarray:  # float64, (N, 3)
+        "The points in the axes and the unit that they were given in."
+        return self.points.astype(np.float64) / self.meters_per_unit + self.origin
 
     @cached_property
     def upright(self) -> np.ndarray:
@@ -355,7 +387,7 @@ def read_scene(
         raise MissingFile(f"{path}: no such file or folder", file=path)
     if path.is_dir():
         found = read_scannet_scene(path)
-        return Scene(
+        scene = Scene(
             found["points"],
             found["colors"],
             up=up or "z",
@@ -364,16 +396,24 @@ def read_scene(
             names=found["labels"].tolist(),
             name=path.name,
         )
-    found, notes = _read_npz(path) if path.suffix.lower() == ".npz" else {}, []
+        # a ScanNet folder is in meters and z up
+        scene.sources = {key: "given" if value else "stated" for key, value in (("up", up), ("unit", unit))}
+        return scene
+    found, notes, factor = _read_npz(path) if path.suffix.lower() == ".npz" else {}, [], None
     if not found:
         mesh = read_mesh(path, finite=False)  # `Scene` leaves broken points out and says how many
         found, notes = _found_in(path, mesh, count), mesh.warnings
         found["up"] = mesh.up
         if unit is None and mesh.unit_in_meters is not None:
-            found["points"], unit = found["points"] * mesh.unit_in_meters, "m"
+            factor, unit = mesh.unit_in_meters, "m"
+            found["points"] = found["points"] * factor
     if up is not None:
         found["up"] = up
     scene = Scene(**found, unit=unit, name=path.stem)
+    if up is None and found.get("up") is not None:
+        scene.sources["up"] = "stated"
+    if factor is not None:
+        scene.sources["unit"], scene.meters_per_unit, scene.origin = "stated", factor, scene.origin / factor
     for text in notes:
         scene._say(text)
     return scene

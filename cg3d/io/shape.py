@@ -55,7 +55,11 @@ def centered_float32(
 
 @dataclass
 class Shape:
-    "A named surface as colored points."
+    """A named surface as colored points.
+
+    Raises: InputError for fewer than two different points, NaN or infinite coordinates, or arrays of
+    another size.
+    """
 
     points: np.ndarray  # as read, float32 (N, 3)
     colors: np.ndarray | None = None  # float32 in [0, 1], (N, 3)
@@ -108,6 +112,13 @@ class Shape:
         if self.size:
             words.append("{:.2f} x {:.2f} x {:.2f} m".format(*self.size))
         return f"Shape({', '.join(words)})"
+
+    def _repr_png_(self) -> bytes:
+        "The picture that notebooks show."
+        from cg3d.render.pictures import png_bytes
+        from cg3d.render.thumbnails import thumbnail
+
+        return png_bytes(thumbnail(self))
 
     def cloud(
         self,
@@ -163,11 +174,12 @@ def shape_of(
     up: str | None = None,
     seed: int = 0,
     keep_mesh: bool = False,  # see `read_shape`
+    mesh_points: int = 2048,  # see `read_shape`
 ) -> Shape:  # y up, in the units of the mesh
     """Points of a mesh or cloud as a shape.
 
     Raises `InputError` for what is no shape."""
-    xyz, colors = sample_mesh(path, mesh, 2048 if points is None else points, seed)
+    xyz, colors = sample_mesh(path, mesh, mesh_points if points is None else points, seed)
     axis, note = up_of(mesh, xyz, up)
     xyz = xyz @ _turn(axis).T.astype(np.float64)
     keep = sample_rows(len(xyz), points, seed) if points is not None and len(xyz) > points else slice(None)
@@ -188,10 +200,11 @@ def shape_of(
 
 def read_shape(
     path: str | Path,  # of any format in `cg3d.io.read.formats()`
-    points: int | None = 2048,  # sampled from a mesh, kept of a cloud; None: 2,048 of a mesh, all of a cloud
+    points: int | None = 2048,  # sampled from a mesh, kept of a cloud; None: `mesh_points`, all of a cloud
     up: str | None = None,  # y or z; None: as the file or its format states, else y
     seed: int = 0,
     keep_mesh: bool = False,  # True: the surface stays in `Shape.mesh`, so that textured views can be rendered
+    mesh_points: int = 2048,  # sampled from a mesh if `points` is None
 ) -> Shape:  # y up, in the file's units
     """Read a mesh or cloud file (at most 10 million points or 5 million faces) as a shape.
 
@@ -201,7 +214,7 @@ def read_shape(
         raise InputError(f"points={points}: a shape needs at least 2", field="points", value=points)
     if up is not None:
         _turn(up)
-    shape = shape_of(path, read_mesh(path), points, up, seed, keep_mesh)
+    shape = shape_of(path, read_mesh(path), points, up, seed, keep_mesh, mesh_points)
     for text in shape.warnings:
         warnings.warn(f"{path}: {text}", stacklevel=2)
     return shape

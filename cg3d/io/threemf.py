@@ -31,6 +31,7 @@ UNITS_IN_METERS = {
     "centimeter": 1e-2,
     "inch": 0.0254,
     "foot": 0.3048,
+    "feet": 0.3048,  # in AMF
     "meter": 1.0,
 }
 MAX_DEPTH = 64  # objects within objects
@@ -58,6 +59,7 @@ class _Model:
     colors: dict[int, list[tuple]] = field(default_factory=dict)  # group -> sRGB of its entries
     uvs: dict[int, tuple[str, list[tuple]]] = field(default_factory=dict)  # group -> texture id, places
     textures: dict[str, tuple[str, tuple[str, str]]] = field(default_factory=dict)  # id -> part, wrap
+    unread: dict[int, str] = field(default_factory=dict)  # group -> what it is
 
 
 def _transform(text: str | None) -> np.ndarray:  # float64 (4, 3), for row vectors
@@ -122,6 +124,12 @@ class _Parser:
     def _color(self, at: dict) -> None:
         self.model.colors[self.group].append(_rgb(at["color"]))
 
+    def _multiproperties(self, at: dict) -> None:
+        self.model.unread[int(at["id"])] = "multiproperties"
+
+    def _compositematerials(self, at: dict) -> None:
+        self.model.unread[int(at["id"])] = "compositematerials"
+
     def _texture2d(self, at: dict) -> None:
         wrap = tuple(WRAP_OF_TILE.get(at.get(f"tilestyle{axis}", "wrap"), "repeat") for axis in "uv")
         self.model.textures[at["id"]] = (at["path"].lstrip("/"), wrap)
@@ -179,6 +187,9 @@ def _surfaces_of(package: _Package, model: _Model, each: _Object) -> list[Surfac
     vertices = np.frombuffer(each.vertices, np.float64).reshape(-1, 3)
     rows = np.frombuffer(each.triangles, np.int64).reshape(-1, 7)
     surfaces, textured = [], np.isin(rows[:, 3], list(model.uvs))
+    for kind in {model.unread[group] for group in np.unique(rows[:, 3]).tolist() if group in model.unread}:
+        note = f"colors of {kind} are not read; they are unknown"
+        package.notes += [note] if note not in package.notes else []
     for group in np.unique(rows[textured, 3]):
         mine = rows[rows[:, 3] == group]
         texid, places = model.uvs[group]

@@ -37,7 +37,7 @@ def axis_features(
     tree,  # scipy.spatial.cKDTree of the points
     axis: int,  # that may be up
 ) -> np.ndarray:  # (5,), in the order of `FEATURES`
-    "What tells an upright axis from a lying one."
+    "Features that distinguish the vertical axis from a horizontal one."
     along = points[:, axis]
     low, high = np.percentile(along, [0.5, 99.5])
     height = max(high - low, 1e-6)

@@ -20,7 +20,7 @@ from .polygons import triangulate
 from .textures import Textures
 
 # %% auto #0
-__all__ = ['USD_WRAPS', 'primvar_values', 'parse_usd', 'read_usd']
+__all__ = ['USD_WRAPS', 'FLIP_V', 'primvar_values', 'parse_usd', 'read_usd']
 
 # %% ../../nbs/io/20_usd.ipynb #c004
 def primvar_values(
@@ -146,18 +146,54 @@ def _texture(reader: _Reader, shader, loss: str = "its color is unknown") -> Tex
     return reader.textures.read(asset.path, partial(_asset_bytes, reader, asset), wrap, loss)
 
 
-def _uv_name(shader) -> str:
-    "The primvar with the texture coordinates of a UsdUVTexture."
-    for _ in range(4):  # a transform may stand between
-        source, _ = _input_source(shader, "st")
-        source = source or _input_source(shader, "in")[0]
-        if source is None:
-            return "st"
-        if source.GetIdAttr().Get() == "UsdPrimvarReader_float2":
-            name = source.GetInput("varname").Get() if source.GetInput("varname") else None
-            return str(name or "st")
+def _value(shader, name: str, default: float | tuple) -> np.ndarray:  # float64
+    "The number or numbers of an input."
+    found = shader.GetInput(name).Get() if shader.GetInput(name) else None
+    return np.array(default if found is None else found, np.float64)
+
+
+FLIP_V = np.array([[1.0, 0, 0], [0, -1, 1], [0, 0, 1]])  # between v up and v down
+
+
+def _transform_2d(shader) -> np.ndarray:  # (3, 3), v up
+    "A UsdTransform2d: scale, then rotation counter-clockwise in degrees, then translation."
+    angle = np.radians(float(_value(shader, "rotation", 0.0)))
+    matrix = np.eye(3)
+    matrix[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    matrix[:2, :2] *= _value(shader, "scale", (1, 1))
+    matrix[:2, 2] = _value(shader, "translation", (0, 0))
+    return matrix
+
+
+def _places(shader) -> tuple[str, np.ndarray | None]:  # primvar; transform of its values, v down, (2, 3)
+    "The texture coordinates of a UsdUVTexture."
+    name, matrix = "st", np.eye(3)
+    for _ in range(4):  # transforms may stand between
+        source = _input_source(shader, "st")[0] or _input_source(shader, "in")[0]
+        kind = source.GetIdAttr().Get() if source else None
+        if kind == "UsdPrimvarReader_float2":
+            name = str((source.GetInput("varname") and source.GetInput("varname").Get()) or "st")
+        elif kind == "UsdTransform2d":
+            matrix = matrix @ _transform_2d(source)
+        if kind != "UsdTransform2d":
+            break
         shader = source
-    return "st"
+    return name, None if (matrix == np.eye(3)).all() else (FLIP_V @ matrix @ FLIP_V)[:2]
+
+
+def _textured(reader: _Reader, shader, name: str, loss: str = "its color is unknown") -> Material:
+    "The picture of a UsdUVTexture, which its scale multiplies in linear light."
+    texture, scale = _texture(reader, shader, loss), _value(shader, "scale", (1, 1, 1, 1))[:3]
+    if np.any(_value(shader, "bias", (0, 0, 0, 0))[:3]):
+        reader.note("the bias of a picture is not read")
+    scaled = texture is not None and (scale != 1).any()
+    return Material(
+        name,
+        factor=scale.clip(0, None) if scaled else None,
+        texture=texture,
+        uv_transform=_places(shader)[1],
+        texture_times_factor=scaled,
+    )
 
 
 def _add_opacity(surface, diffuse, material: Material) -> None:
@@ -178,13 +214,13 @@ def _add_emission(reader: _Reader, surface, paint: _Paint) -> None:
     source, value = _input_source(surface, "emissiveColor")
     kind = source.GetIdAttr().Get() if source else None
     if kind == "UsdUVTexture":
-        if paint.material.texture is not None and _uv_name(source) != paint.uv_name:
+        uv_name = _places(source)[0]
+        if paint.material.texture is not None and uv_name != paint.uv_name:
             reader.note("a picture of emitted light has its own texture coordinates; it was left out")
             return
-        texture = _texture(reader, source, "its emitted light is left out")
-        if texture is not None:
-            paint.uv_name = _uv_name(source)
-            paint.material.emission = Material(texture=texture, texture_times_factor=False)
+        emission = _textured(reader, source, "", "its emitted light is left out")
+        if emission.texture is not None:
+            paint.uv_name, paint.material.emission = uv_name, emission
     elif kind is None and value is not None and value.Get() is not None and np.any(value.Get()):
         paint.material.emission = Material(factor=np.array(value.Get()))
 
@@ -202,9 +238,8 @@ def _paint(reader: _Reader, material) -> _Paint:
         source, value = _input_source(surface, "diffuseColor")
         kind = source.GetIdAttr().Get() if source else None
         if kind == "UsdUVTexture":
-            painted = Material(key, texture=_texture(reader, source), texture_times_factor=False)
-            paint = _Paint(painted, _uv_name(source))
-            _add_opacity(surface, source, painted)
+            paint = _Paint(_textured(reader, source, key), _places(source)[0])
+            _add_opacity(surface, source, paint.material)
         elif kind is not None:
             paint = _Paint(display_color=True)
         else:
@@ -291,7 +326,7 @@ def _add_faces(reader: _Reader, prim, faces: _Faces, matrix: np.ndarray) -> None
 
 
 def _solid(prim) -> _Faces | None:
-    "Cubes, spheres, cylinders, cones and capsules."
+    "Cubes, spheres, cylinders, cones, capsules and planes."
     import trimesh
     from pxr import UsdGeom
 
@@ -311,6 +346,14 @@ def _solid(prim) -> _Faces | None:
     elif prim.IsA(UsdGeom.Capsule):
         solid = trimesh.creation.capsule(value("height", 1.0), value("radius", 0.5))
         solid.apply_translation(-solid.bounds.mean(0))
+    elif hasattr(UsdGeom, "Plane") and prim.IsA(UsdGeom.Plane):
+        width, length = value("width", 2.0), value("length", 2.0)
+        along = {"X": (2, 1), "Y": (0, 2)}.get(str(value("axis", "Z")), (0, 1))  # of width and length
+        plane = np.zeros((4, 3))
+        plane[:, along[0]] = np.array([-1, 1, 1, -1]) * width / 2
+        plane[:, along[1]] = np.array([-1, -1, 1, 1]) * length / 2
+        triangles = np.array([[0, 1, 2], [0, 2, 3]])
+        return _Faces(plane, triangles, np.arange(2), np.arange(6).reshape(2, 3), 2, 6)
     else:
         return None
     order = {"X": [2, 0, 1], "Y": [1, 2, 0]}.get(str(value("axis", "Z")), [0, 1, 2])
@@ -335,6 +378,8 @@ def _add_prim(reader: _Reader, prim, matrix: np.ndarray) -> None:
     faces = _triangulated(reader, UsdGeom.Mesh(prim)) if prim.IsA(UsdGeom.Mesh) else _solid(prim)
     if faces is not None:
         _add_faces(reader, prim, faces, matrix)
+    elif not prim.IsA(UsdGeom.Mesh):
+        reader.note(f"prims of type {prim.GetTypeName()} are not read; they were left out")
 
 
 def _shown(root, stop: set[str]):

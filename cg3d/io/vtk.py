@@ -23,8 +23,8 @@ from .polygons import strip_triangles, triangulate
 from .tables import Element, List, Property, parse_numbers, read_table
 
 # %% auto #0
-__all__ = ['CELL_FACES', 'SURFACE_CELLS', 'NO_SURFACE', 'COLOR_ARRAYS', 'VTK_TYPES', 'XML_TYPES', 'VtkData', 'outer_faces',
-           'vtk_colors', 'mesh_of_vtk', 'read_legacy', 'read_vtk_xml', 'read_vtk']
+__all__ = ['CELL_FACES', 'SURFACE_CELLS', 'NO_SURFACE', 'COLOR_ARRAYS', 'VTK_TYPES', 'LEGACY_LISTS', 'XML_TYPES', 'VtkData',
+           'outer_faces', 'vtk_colors', 'mesh_of_vtk', 'read_legacy', 'read_vtk_xml', 'read_vtk']
 
 # %% ../../nbs/io/18_vtk.ipynb #c004
 @dataclass
@@ -38,6 +38,7 @@ class VtkData:
     cell_types: np.ndarray | None = None  # (C,)
     point_arrays: dict[str, np.ndarray] = field(default_factory=dict)  # name -> (P, ...)
     cell_arrays: dict[str, np.ndarray] = field(default_factory=dict)  # name -> (C, ...)
+    before: int = 0  # vertices and lines, whose rows of `cell_arrays` come before those of polygons
 
 
 CELL_FACES = {  # faces of volumes, as positions of their corners
@@ -120,7 +121,7 @@ def mesh_of_vtk(
     path: Path,  # named in errors
     data: VtkData,
 ) -> Mesh:
-    "Surfaces or a cloud."
+    "Surfaces or a cloud. Raises InputError for cells that do not match their types."
     points = data.points.astype(np.float64)
     polygons, owners = data.polygons, None
     if data.cells is not None:
@@ -136,10 +137,11 @@ def mesh_of_vtk(
     if polygons is not None and len(polygons.counts):
         corners, polygon = triangulate(polygons.counts, polygons.values, points)
         triangles.append(polygons.values[corners].astype(np.int64))
-        cells = len(data.cell_types) if owners is not None else len(polygons.counts)
+        strips = 0 if data.strips is None else len(data.strips.counts)
+        cells = data.before + len(polygons.counts) + strips if owners is None else len(data.cell_types)
         face_colors = vtk_colors(data.cell_arrays, cells)
         if face_colors is not None:
-            face_colors = face_colors[polygon if owners is None else owners[polygon]]
+            face_colors = face_colors[data.before + polygon if owners is None else owners[polygon]]
     if data.strips is not None and len(data.strips.counts):
         triangles.append(strip_triangles(data.strips))
         face_colors = None  # their rows count strips, not triangles
@@ -214,7 +216,7 @@ class _Cursor:
             found = np.frombuffer(self.data, dtype, count, self.position)
             self.position += found.nbytes
             return found
-        end = re.compile(rb"\n\s*[A-Z][A-Z_]{3,}").search(self.data, self.position - 1)
+        end = re.compile(rb"\n[ \t\r]*[A-Z][A-Z_]{3,}").search(self.data, self.position - 1)
         end = end.start() if end else len(self.data)
         found = parse_numbers(self.path, self.data[self.position : end])
         self.position = end
@@ -223,6 +225,21 @@ class _Cursor:
                 f"announces {count:,} numbers of {what}, holds {len(found):,}; the file was cut short, fetch it again"
             )
         return found[:count].astype(np.float64 if dtype.kind == "f" else dtype.newbyteorder("="))
+
+    def skip_strings(self, count: int) -> None:
+        "Pass over words, one a line, or each behind its length in 6, 14, 30 or 62 bits."
+        for _ in range(min(count, len(self.data))):
+            if self.position >= len(self.data):
+                raise InputError(
+                    f"announces {count:,} words, holds fewer; the file was cut short, fetch it again"
+                )
+            if self.text:
+                end = self.data.find(b"\n", self.position)
+                self.position = len(self.data) if end < 0 else end + 1
+                continue
+            size = (8, 4, 2, 1)[self.data[self.position] >> 6]
+            number = int.from_bytes(self.data[self.position : self.position + size], "big")
+            self.position += size + (number & ((1 << (8 * size - 2)) - 1))
 
 
 def _legacy_cells(cursor: _Cursor, words: list[str]) -> List:
@@ -275,15 +292,24 @@ def _legacy_arrays(cursor: _Cursor, words: list[str], rows: int, arrays: dict[st
     elif keyword == "FIELD":
         for _ in range(int(words[2])):
             name, width, count, kind = cursor.line()
+            if kind.lower() == "string":
+                cursor.skip_strings(int(width) * int(count))
+                continue
             values = cursor.numbers(kind, int(width) * int(count), name)
             arrays[name] = values.reshape(int(count), int(width))
+
+
+LEGACY_LISTS = {"POLYGONS": "polygons", "TRIANGLE_STRIPS": "strips", "CELLS": "cells"}  # keyword, field
 
 
 def read_legacy(
     path: Path,  # named in errors
     data: bytes,
 ) -> VtkData:
-    "A legacy file; keywords that hold no geometry and no colors are passed over."
+    """A legacy file; keywords that hold no geometry and no colors are passed over.
+
+    Raises: InputError for another format, or a grid without a surface.
+    """
     head = data[:1024].split(b"\n", 3)
     if len(head) < 4 or head[2].strip() not in (b"ASCII", b"BINARY"):
         raise InputError("no head of a legacy VTK file")
@@ -296,11 +322,12 @@ def read_legacy(
         if keyword == "POINTS":
             check_count(path, int(words[1]), LIMITS.points, "points")
             found.points = cursor.numbers(words[2], 3 * int(words[1]), "POINTS").reshape(-1, 3)
-        elif keyword in ("POLYGONS", "TRIANGLE_STRIPS", "CELLS", "LINES", "VERTICES"):
-            name = {"POLYGONS": "polygons", "TRIANGLE_STRIPS": "strips", "CELLS": "cells"}.get(
-                keyword, "other"
-            )
-            setattr(found, name, _legacy_cells(cursor, words))
+        elif keyword in (*LEGACY_LISTS, "LINES", "VERTICES"):
+            cells = _legacy_cells(cursor, words)
+            if keyword in LEGACY_LISTS:
+                setattr(found, LEGACY_LISTS[keyword], cells)
+            else:
+                found.before += len(cells.counts)
         elif keyword == "CELL_TYPES":
             found.cell_types = cursor.numbers("int", int(words[1]), keyword).astype(np.int64)
         elif keyword in ("POINT_DATA", "CELL_DATA"):
@@ -394,14 +421,15 @@ def _number(data: bytes, header: np.dtype) -> int:
 
 def _parse_xml(path: Path, data: bytes) -> _Xml:
     "Split the appendix off and parse the rest."
-    if b"<!DOCTYPE" in data[:4096]:
-        raise UnsafeFile("its XML declares a document type; remove it")
     appendix, encoded = b"", False
-    start = re.search(rb"<AppendedData([^>]*)>\s*_", data)
+    begin = data.find(b"<AppendedData")
+    start = re.compile(rb"<AppendedData([^>]*)>\s*_").match(data, max(begin, 0))
     if start:
         encoded, end = b"base64" in start.group(1), data.rfind(b"</AppendedData>")
         appendix = data[start.end() : end if end > 0 else len(data)]
-        data = data[: start.start()] + b"</VTKFile>"
+        data = data[:begin] + b"</VTKFile>"
+    if b"<!DOCTYPE" in data:
+        raise UnsafeFile("its XML declares a document type; remove it")
     root = ElementTree.fromstring(data)
     order = ">" if root.get("byte_order") == "BigEndian" else "<"
     header = np.dtype(order + XML_TYPES.get(root.get("header_type", "UInt32"), "u4"))
@@ -441,7 +469,10 @@ def read_vtk_xml(
     path: Path,  # named in errors
     data: bytes,
 ) -> list[VtkData]:  # a piece each
-    "The pieces of a .vtp or .vtu file."
+    """The pieces of a .vtp or .vtu file.
+
+    Raises: InputError for a data set that is no surface, or a piece without points.
+    """
     xml, pieces = _parse_xml(path, data), []
     kind = xml.root.get("type", "")
     if kind not in ("PolyData", "UnstructuredGrid"):
@@ -452,6 +483,7 @@ def read_vtk_xml(
         if points is None:
             raise InputError("a piece without points; the file is damaged")
         each = VtkData(xml.array(points).reshape(-1, 3))
+        each.before = sum(int(piece.get(f"NumberOf{kind}", 0)) for kind in ("Verts", "Lines"))
         for tag, name in (("Polys", "polygons"), ("Strips", "strips"), ("Cells", "cells")):
             if (found := _xml_cells(xml, piece, tag)) is not None:
                 setattr(each, name, found[0])

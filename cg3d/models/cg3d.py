@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS_FILE', 'CONFIG_FILE', 'BUNDLED', 'TRAINED_PARTS', 'CG3DConfig', 'resample', 'as_shape', 'check_clouds',
-           'as_points', 'as_images', 'checked_labels', 'checked_templates', 'CG3D', 'device_beside', 'trained_state',
-           'load_state', 'load_folder']
+           'as_points', 'distinct_colors', 'as_images', 'checked_labels', 'checked_templates', 'CG3D', 'device_beside',
+           'trained_state', 'load_state', 'load_folder']
 
 # %% ../../nbs/models/09_cg3d.ipynb #da4b9237
 import hashlib
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..core.atomic import write_file
 from ..core.config import check_settings, settings_from
-from ..core.device import pick_device
+from ..core.device import pick_device, to_device
 from ..core.distributed import full_tensors, rank
 from ..core.errors import InputError, KindError, MissingFile
 from ..core.paths import data_dir
@@ -59,6 +59,7 @@ class CG3DConfig:
     encoder_cfg: dict = field(default_factory=dict)  # settings of that encoder to change
     in_channels: int = 6  # 3: xyz only, 6: xyz and rgb
     points: int = 1024  # points of a cloud that the encoder is given
+    gray_copy_above: int | None = None  # clouds of more `distinct_colors`: mean with a colorless copy
     clip: str = "nano"  # backbone: "nano", an open_clip name, a folder, a SLIP file
     clip_weights: str | None = None  # its weights: a tag, a file, "random"
     visual_prompt: str | None = "deep"  # pixel, shallow, deep, joined by "+"
@@ -71,7 +72,13 @@ class CG3DConfig:
 
     def __post_init__(self):
         check_settings(self, choices={"in_channels": (3, 6)}, integers=(1, None))
-        settings = {  # JSON knows no tuples
+        if self.gray_copy_above is not None and self.in_channels == 3:
+            raise InputError(
+                f"gray_copy_above={self.gray_copy_above} needs in_channels=6: this encoder sees no colors",
+                field="gray_copy_above",
+                value=self.gray_copy_above,
+            )
+        settings = {  # JSON has no tuples
             name: tuple(value) if isinstance(value, list) else value
             for name, value in self.encoder_cfg.items()
         }
@@ -97,7 +104,7 @@ def resample(
         return points[:, torch.arange(count, device=points.device) % available]
     if available > 4 * count:
         chosen = torch.randperm(available, generator=torch.Generator().manual_seed(0))[: 4 * count]
-        points = points[:, chosen.to(points.device)]
+        points = points[:, to_device(chosen, points.device)]
     if points.shape[1] == count:
         return points
     return gather(points, farthest_point_sample(points[..., :3], count))
@@ -184,12 +191,24 @@ def as_points(
     "Shapes or clouds to what an encoder reads. Raises KindError or InputError, see `check_clouds`."
     clouds = check_clouds(clouds)
     if isinstance(clouds, Tensor):
-        points = resample(normalize(clouds if device is None else clouds.to(device)), count)
+        points = resample(normalize(clouds if device is None else to_device(clouds, device)), count)
     else:
-        points = torch.cat([resample(shape.cloud()[None].to(device or "cpu"), count) for shape in clouds])
+        clouds = [to_device(shape.cloud(), device or "cpu") for shape in clouds]
+        equal = len({len(cloud) for cloud in clouds}) == 1  # then they are sampled together
+        batches = [torch.stack(clouds)] if equal else [cloud[None] for cloud in clouds]
+        points = torch.cat([resample(batch, count) for batch in batches])
     if channels == 3:
         return points[..., :3]
     return with_color(points)
+
+# %% ../../nbs/models/09_cg3d.ipynb #gc000002
+def distinct_colors(
+    rgb: Tensor,  # (B, N, 3) in [0, 1]
+) -> Tensor:  # (B,), int64
+    "Number of different colors of each cloud, of the 4,096 with four bits a channel."
+    levels = (rgb.clamp(0, 1) * 15).round().long()
+    codes = (levels[..., 0] * 16 + levels[..., 1]) * 16 + levels[..., 2]
+    return torch.zeros(len(rgb), 4096, dtype=torch.int64, device=rgb.device).scatter_(1, codes, 1).sum(1)
 
 # %% ../../nbs/models/09_cg3d.ipynb #7b52009b
 def as_images(
@@ -212,7 +231,7 @@ def as_images(
     if not ((pixels >= -1e-3) & (pixels <= 1 + 1e-3)).all():
         raise InputError(f"image values must lie in [0, 1], got {pixels.min():.3g} to {pixels.max():.3g}")
     return fit_images(
-        pixels.float().to(backbone.device),
+        to_device(pixels.float(), backbone.device),
         backbone.image_size,
         backbone.cfg["resize_mode"],
         backbone.cfg["interpolation"],
@@ -269,10 +288,14 @@ TRAINED_PARTS = ("encoder", "prompts")  # what `save` writes; the backbone is on
 
 
 class CG3D(nn.Module):
-    "A 3D encoder, a frozen image-text backbone, and prompts between them (CG3D, arXiv:2303.11313)."
+    """A 3D encoder, a frozen image-text backbone, and prompts between them (CG3D, arXiv:2303.11313).
+
+    Raises: InputError for a dim that differs from that of the backbone.
+    """
 
     batch_size = 64  # clouds a pass where the caller names no number
     views = 0  # rendered views averaged into the embedding of a shape where the caller names no number
+    weights_file: Path | None = None  # that the model was opened from
     kept_classifiers = 16  # label sets whose vectors are kept
 
     def __init__(
@@ -362,6 +385,17 @@ class CG3D(nn.Module):
     def _prepare(self, clouds: list[Shape] | Tensor) -> Tensor:  # one batch -> what the encoder reads
         return as_points(clouds, self.config.points, self.config.in_channels, self.device)
 
+    def _encode_clouds(self, clouds: list[Shape] | Tensor) -> Tensor:  # one batch -> (B, dim)
+        points = self._prepare(clouds)
+        embeddings = self.encoder(points)
+        if self.config.gray_copy_above is None:
+            return embeddings
+        rows = (distinct_colors(points[..., 3:]) > self.config.gray_copy_above).nonzero()[:, 0]
+        if not len(rows):
+            return embeddings
+        gray = self.encoder(with_color(points[rows, :, :3]))
+        return embeddings.index_copy(0, rows, (embeddings[rows] + gray) / 2)
+
     @torch.no_grad()
     def _in_batches(
         self, encode: Callable, items: Sequence | Tensor, batch_size: int, normalize: bool
@@ -389,15 +423,14 @@ class CG3D(nn.Module):
     ) -> Tensor:  # (B, dim), float32, on the model's device
         """Shapes to embeddings: each cloud is centered, scaled and resampled to the encoder's number of points.
 
+        A configuration with `gray_copy_above` averages clouds of many colors with their colorless copies.
         With views, the mean of two unit vectors: the 3D embedding, and the mean embedding of the rendered views.
         Raises KindError or InputError, see `check_clouds`.
         """
         views = self._checked_views(views)
         clouds = check_clouds(clouds, keep_mesh=views > 0)
         size = self.batch_size if batch_size is None else batch_size
-        points = self._in_batches(
-            lambda part: self.encoder(self._prepare(part)), clouds, size, normalize or views > 0
-        )
+        points = self._in_batches(self._encode_clouds, clouds, size, normalize or views > 0)
         if not views:
             return points
         mean = (points + self._encode_views(clouds, views, size).to(points.device)) / 2
@@ -528,9 +561,11 @@ class CG3D(nn.Module):
         Two models with the same fingerprint give the same vectors, so vectors of one may be searched with the other.
         """
         parts = [getattr(self, part) for part in TRAINED_PARTS]
-        stamp = tuple(weights_stamp(part) for part in (self.backbone, *parts))
+        stamp = (self.config, *(weights_stamp(part) for part in (self.backbone, *parts)))
         if self._fingerprint[0] != stamp:
             settings = f"{self.backbone.fingerprint()} {self.config.points} {self.config.in_channels}"
+            if self.config.gray_copy_above is not None:
+                settings += f" {self.config.gray_copy_above}"
             digest = hashlib.sha256(settings.encode())
             update_hash(digest, trained_state(self).items())
             self._fingerprint = (stamp, digest.hexdigest())
@@ -725,4 +760,5 @@ def load_folder(
             "train again",
             file=folder,
         )
+    model.weights_file = folder / WEIGHTS_FILE
     return load_state(model, state, str(folder)).eval()

@@ -110,8 +110,8 @@ def model_card(
         "License": f"The weights: {license}."
         if license
         else "Not stated: ask the owner before you use the weights.",
-        "Method": "CG3D, CLIP goes 3D ([arXiv:2303.11313](https://arxiv.org/abs/2303.11313)), trained and read with "
-        "[cg3d](https://github.com/cg3d/cg3d).",
+        "Method": "CG3D, CLIP goes 3D ([arXiv:2303.11313](https://arxiv.org/abs/2303.11313)), trained and loaded "
+        "with `cg3d`.",
     }
     lines = [
         "---",

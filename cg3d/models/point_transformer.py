@@ -22,7 +22,10 @@ from .registry import EncoderConfig, PointEncoder, register_encoder
 # %% ../../nbs/models/04_point_transformer.ipynb #c6
 @dataclass(frozen=True)
 class PointTransformerConfig(EncoderConfig):
-    "Sizes of a Point Transformer; the defaults are CG3D's."
+    """Sizes of a Point Transformer; the defaults are CG3D's.
+
+    Raises: InputError for a width that is not a multiple of heads.
+    """
 
     width: int = 384  # length of a token
     depth: int = 12  # number of blocks

@@ -20,7 +20,10 @@ from .registry import EncoderConfig, PointEncoder, register_encoder
 # %% ../../nbs/models/03_pointmlp.ipynb #c6
 @dataclass(frozen=True)
 class PointMLPConfig(EncoderConfig):
-    "Sizes of a PointMLP, one entry a stage; the defaults are CG3D's."
+    """Sizes of a PointMLP, one entry a stage; the defaults are CG3D's.
+
+    Raises: InputError for stages of different numbers, anchors that grow, or more neighbors than anchors.
+    """
 
     width: int = 64  # channels of the first layer
     anchors: tuple[int, ...] = (512, 256, 128, 64)  # points left after each stage

@@ -135,7 +135,7 @@ class Prompts(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        "Device of the backbone, where the prompts live too."
+        "Device of the backbone and of the prompts."
         return self.backbone.device
 
     def _add_tokens(self) -> None:

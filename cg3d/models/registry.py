@@ -77,7 +77,10 @@ class PointEncoder(nn.Module):
         return points if points.shape[-1] == 6 else with_color(points)
 
     def encode(self, points: Tensor) -> Tensor:
-        "(B, N, in_channels) to (B, dim); each architecture defines it."
+        """(B, N, in_channels) to (B, dim); each architecture defines it.
+
+        Raises: NotImplementedError in a class that does not define it.
+        """
         raise NotImplementedError(f"{type(self).__name__} defines no encode")
 
     def forward(
@@ -96,7 +99,7 @@ def register_encoder(
     build: type[PointEncoder],  # class whose constructor takes a configuration
     config: EncoderConfig,  # the configuration this name stands for
 ) -> None:
-    """Add a network to those that `create_encoder` knows.
+    """Register a network under a name for `create_encoder`.
 
     Raises KindError if it is no PointEncoder, InputError if the name belongs to another network.
     """

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.device import to_device
 from ..core.errors import InputError, KindError, MissingPackage
 from ..geometry.ops import check_points
 from ..io.shape import Shape
@@ -111,7 +112,7 @@ def _embed_batch(
 ) -> Tensor:
     "Unit vectors (B, V, D) of one batch; the angles are on the tower's device."
     if isinstance(clouds, Tensor):
-        pictures = render_points(clouds.to(azimuth.device), azimuth, elevation, settings=settings)
+        pictures = render_points(to_device(clouds, azimuth.device), azimuth, elevation, settings=settings)
         embeddings = tower.encode_image(pictures.flatten(0, 1)).unflatten(0, azimuth.shape)
     else:
         size = getattr(tower, "image_size", None) or getattr(

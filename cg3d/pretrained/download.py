@@ -69,6 +69,12 @@ CATALOG = {
         ("ULIP-2/pretrained_models/ULIP-2-PointBERT-10k-xyzrgb-pc-vit_g-objaverse_shapenet-pretrained.pt",),
         "dataset",
     ),
+    "patchalign3d": CatalogEntry(
+        "PatchAlign3D: parts of a shape in words, 1,280 numbers a patch; see load_part_model",
+        "patchalign3d/patchalign3d-encoder",
+        ("patchalign3d.pt",),
+        is_model=False,
+    ),
     "modelnet40": CatalogEntry(
         "ModelNet40 meshes (.off), 12,311 shapes of 40 classes, for academic use",
         url="http://modelnet.cs.princeton.edu/ModelNet40.zip",

@@ -57,7 +57,7 @@ PUBLISHED = tuple(name for name, item in CATALOG.items() if item.is_model)
 
 
 def list_models() -> list[str]:
-    "Names that `create_model` knows: bundled ones first, then published ones, which are downloaded at the first use."
+    "Names for `create_model`: bundled models first, then published ones, which are downloaded on first use."
     return [*BUNDLED, *PUBLISHED]
 
 

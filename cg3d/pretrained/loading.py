@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'UNUSED', 'WEIGHT_SUFFIXES', 'CHANGEABLE', 'recognize', 'PublishedEncoder', 'PublishedModel',
-           'load_published', 'assemble']
+           'find_weights', 'load_published', 'assemble']
 
 # %% ../../nbs/pretrained/04_loading.ipynb #1366b72c
 import re
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..core.device import pick_device
+from ..core.device import pick_device, to_device
 from ..core.errors import InputError, MissingFile
 from cg3d.core.state_dict import (
     LoadReport,
@@ -162,6 +162,11 @@ def recognize(
         colored = first in s and s.size(first, 1, 3) == 6
         into_bigg = "pc_projection" in s and s["pc_projection"].shape[-1:] == (1280,)
         return "ulip2" if colored or into_bigg else "ulip"
+    if "proj.proj.weight" in s and s.under("blocks.blocks."):
+        raise InputError(
+            f"{s.path} is a checkpoint of PatchAlign3D, which embeds patches and no whole shapes; open it with "
+            "cg3d.pretrained.parts.load_part_model"
+        )
     if s.under("reduce_dim.") or s.under("local_grouper_list."):
         return "cg3d"
     if s.under("point_encoder.") or "pc_projection" in s:
@@ -350,7 +355,7 @@ class PublishedModel(CG3D):
 
     def _prepare(self, clouds: list[Shape] | Tensor) -> Tensor:  # one batch -> what the encoder reads
         if isinstance(clouds, Tensor):
-            return with_color(fit_clouds(clouds.to(self.device), self.contract))
+            return with_color(fit_clouds(to_device(clouds, self.device), self.contract))
         return torch.cat([self._prepare(_points_as_read(shape)[None]) for shape in clouds])
 
     def save(self, folder: str | Path, half: bool = False) -> Path:
@@ -512,9 +517,11 @@ def _is_hub_name(
     return all(re.fullmatch(r"[\w.-]+", part) for part in parts)
 
 
-def _find(
-    path: str | Path, filename: str | None
-) -> Path:  # the weight file that a path or a hub name stands for
+def find_weights(
+    path: str | Path,  # a file, a folder, or a name on the hub
+    filename: str | None = None,  # in a folder or repository; None: model.pt
+) -> Path:
+    "The weight file that a path or a hub name stands for. Raises MissingFile or HubError."
     if Path(path).is_file():
         return Path(path)
     if Path(path).is_dir():
@@ -575,8 +582,10 @@ def load_published(
         device = device_beside(clip, device)
     device = pick_device(device)
     changes = contract | ({} if points is None else {"points": points})
-    checkpoint = read_checkpoint(_find(path, filename))
-    return assemble(checkpoint, family, changes, clip, clip_weights, strict).to(device).eval()
+    checkpoint = read_checkpoint(find_weights(path, filename))
+    model = assemble(checkpoint, family, changes, clip, clip_weights, strict)
+    model.weights_file = Path(checkpoint.path)
+    return model.to(device).eval()
 
 
 def _changed(contract: Contract, changes: dict) -> Contract:
@@ -599,7 +608,10 @@ def assemble(
     clip_weights: str | None = None,
     strict: bool = True,
 ) -> PublishedModel:
-    "`load_published` for a file that is already read."
+    """`load_published` for a file that is already read.
+
+    Raises: InputError for sizes that are none of the published ones.
+    """
     s = WeightSource(checkpoint)
     s.family = family = _checked_family(s, family)
     contract, notes = _contract(s, family)

@@ -156,6 +156,8 @@ class PPAT(PointEncoder):
     """OpenShape's PointBERT: a point patch transformer and its projection, the published parameter names.
 
     Paper: Liu et al., OpenShape (NeurIPS 2023). Written from its description and its parameter names.
+
+    Raises: InputError for a dim other than the width where there is no projection.
     """
 
     def __init__(

@@ -27,7 +27,10 @@ def parity_clouds(
     n: int,  # points, at most 77,000
     seed: int = 0,
 ) -> dict[str, Tensor]:  # generic, grid, near origin: (n, 6) each, in the unit sphere, rgb in [0, 1]
-    "Clouds on which ports of point encoders are compared."
+    """Clouds on which ports of point encoders are compared.
+
+    Raises: InputError for a number of points outside 1 to 77,000.
+    """
     if not 1 <= n <= 77_000:
         raise InputError(f"n={n} points: the grid has 1 to 77,000", field="n", value=n)
     g = torch.Generator().manual_seed(seed)

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ..core.device import to_device
 from ..core.errors import InputError
 from cg3d.geometry.ops import (
     MISSING_COLOR,
@@ -68,7 +69,10 @@ class Contract:
                 f"are not valid. Use `model.encode_shape`, which resamples, or `load_published(..., points={points.shape[1]})` if the weights were trained so"
             )
         points = points[..., :3] if self.channels == 3 else with_color(points)
-        return points[..., [0, 2, 1, *range(3, self.channels)]] if self.swap_yz else points
+        if not self.swap_yz:
+            return points
+        x, y, z, rgb = points.split([1, 1, 1, self.channels - 3], -1)
+        return torch.cat([x, z, y, rgb], -1)
 
 # %% ../../nbs/pretrained/00_specs.ipynb #ad0c614b
 _BIGG, _EVA = ("ViT-bigG-14", "laion2b_s39b_b160k"), ("EVA02-E-14-plus", "laion2b_s9b_b144k")
@@ -154,6 +158,16 @@ CONTRACTS = {
         _openshape("openshape/bigG", 384, 0.2, 64, _BIGG, True, "scaling 4: 512 wide, 12 blocks, MLP 1,536"),
         _openshape("openshape/scaling5", 512, 0.2, 64, _BIGG, True, "768 wide, 12 blocks"),
         _openshape("openshape/scaling6", 512, 0.2, 64, _BIGG, True, "768 wide, 24 blocks"),
+        _pointbert(
+            "patchalign3d",
+            2048,
+            128,
+            swap_yz=True,
+            feature="every patch",
+            clip=_BIGG[0],
+            clip_weights=_BIGG[1],
+            note="parts: `load_part_model`",
+        ),
         Contract(
             "uni3d",
             10_000,
@@ -232,6 +246,6 @@ def fit_clouds(
         points = normalize(points)
     rows = _rows(points, contract)
     if rows is not None:
-        rows = rows.to(points.device)
+        rows = to_device(rows, points.device)
         points = points[:, rows] if rows.ndim == 1 else gather(points, rows)
     return normalize(points) if thin_first else points

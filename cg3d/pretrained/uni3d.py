@@ -24,7 +24,10 @@ STYLES = ("eva", "eva02", "eva02_small")
 
 @dataclass(frozen=True)
 class Uni3DConfig(EncoderConfig):
-    "Sizes of a Uni3D; the defaults are those of Uni3D-B."
+    """Sizes of a Uni3D; the defaults are those of Uni3D-B.
+
+    Raises: InputError for a width that is not a multiple of heads.
+    """
 
     dim: int = 1024  # length of the embedding
     width: int = 768  # length of a token

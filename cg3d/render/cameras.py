@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ..core.config import Range, check_settings
+from ..core.device import to_device
 from ..core.errors import InputError
 
 # %% auto #0
-__all__ = ['POSITIVE', 'ViewSettings', 'ring_views', 'random_views', 'broadcast_angles', 'Cameras', 'cameras']
+__all__ = ['POSITIVE', 'SMOOTH_NORMALS', 'ViewSettings', 'ring_views', 'random_views', 'broadcast_angles', 'Cameras', 'cameras']
 
 # %% ../../nbs/render/00_cameras.ipynb #c05
 POSITIVE = Range(0, None, open_low=True)
@@ -66,6 +67,12 @@ class ViewSettings:
                 value=self.max_radius,
             )
 
+
+SMOOTH_NORMALS = {
+    "normal_neighbors": 24,
+    "normal_scale": 1000.0,
+}  # of views for people, see `surface_normals`
+
 # %% ../../nbs/render/00_cameras.ipynb #c08
 def ring_views(
     n: int,  # number of views
@@ -102,7 +109,9 @@ def broadcast_angles(
     device: torch.device | str,  # where they are needed
 ) -> tuple[Tensor, Tensor]:  # both float32, (B, V)
     "Angles of the cameras around each shape. Raises InputError if they belong to another number of shapes."
-    angles = [torch.as_tensor(angle, dtype=torch.float32, device=device) for angle in (azimuth, elevation)]
+    angles = [
+        to_device(torch.as_tensor(angle, dtype=torch.float32), device) for angle in (azimuth, elevation)
+    ]
     azimuth, elevation = torch.broadcast_tensors(*angles)
     if azimuth.ndim < 2:
         azimuth, elevation = azimuth.reshape(1, -1), elevation.reshape(1, -1)

@@ -5,6 +5,7 @@
 # %% ../../nbs/render/02_mesh.ipynb #impc02
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.errors import InputError, MissingPackage
+from ..core.errors import InputError, MissingPackage, install_hint
 from ..geometry.ops import MISSING_COLOR
 from ..io.mesh import Mesh, double_areas, from_trimesh, surface_colors, surface_visible
 from ..io.read import read_mesh
@@ -25,10 +26,11 @@ from .points import render_points, shade
 
 if TYPE_CHECKING:
     from pytorch3d.renderer import FoVPerspectiveCameras
+    from pytorch3d.renderer.mesh.rasterizer import Fragments
     from pytorch3d.structures import Meshes
 
 # %% auto #0
-__all__ = ['load_pytorch3d', 'as_mesh', 'unit_mesh', 'render_mesh']
+__all__ = ['TILE', 'TILED_PAIRS', 'load_pytorch3d', 'as_mesh', 'unit_mesh', 'render_mesh']
 
 # %% ../../nbs/render/02_mesh.ipynb #c36
 def load_pytorch3d() -> tuple[ModuleType, ModuleType]:  # pytorch3d.renderer and pytorch3d.structures
@@ -43,10 +45,10 @@ def load_pytorch3d() -> tuple[ModuleType, ModuleType]:  # pytorch3d.renderer and
             else "which is missing"
         )
         raise MissingPackage(
-            f"pictures of surfaces need PyTorch3D, {reason}; pip install 'cg3d[render]', or draw points with "
+            f"pictures of surfaces need PyTorch3D, {reason}; {install_hint('render')}, or draw points with "
             "render_points",
             value="pytorch3d",
-            remedy="pip install 'cg3d[render]'",
+            remedy=f"{install_hint('render')}",
         ) from error
     return renderer, structures
 
@@ -128,6 +130,71 @@ def _skip_invisible(
         barycentric[..., 0, :][fill] = barycentric[..., layer, :][fill]
 
 
+TILE = 16  # side of a tile, pixels
+TILED_PAIRS = 20_000_000  # pairs of a face and a tile that are held in memory at most
+
+
+def _fragments(
+    renderer: ModuleType,  # pytorch3d.renderer
+    solid: Meshes,
+    camera: FoVPerspectiveCameras,
+    size: int,  # of the picture, pixels
+    layers: int,  # faces a pixel
+) -> Fragments:  # faces and barycentric coordinates of each pixel
+    "Rasterize one mesh; tile by tile on a CPU, where PyTorch3D compares each pixel with each face."
+    settings = renderer.RasterizationSettings(image_size=size, faces_per_pixel=layers, bin_size=0)
+    whole = renderer.MeshRasterizer(camera, settings)
+    if solid.verts_packed().device.type == "cpu":
+        projected = whole.transform(solid)
+        found = _tiled_fragments(projected.verts_packed()[projected.faces_packed()], size, layers)
+        if found is not None:
+            return found
+    return whole(solid)
+
+
+def _tiled_fragments(
+    corners: Tensor,  # of the faces in normalized device coordinates, depth of the view, (F, 3, 3)
+    size: int,
+    layers: int,
+) -> Fragments | None:  # None: too many pairs of faces and tiles
+    "Each tile is rasterized as a picture of its own with the faces whose bounding boxes touch it."
+    from pytorch3d.renderer.mesh import rasterize_meshes, rasterizer
+    from pytorch3d.structures import Meshes
+
+    side = math.gcd(size, TILE)
+    tiles = size // side
+    # columns are counted from x = 1 to -1, rows from y = 1 to -1
+    first = ((1 - corners[..., :2].amax(1)) / 2 * tiles).floor().clamp(0, tiles - 1).long()
+    last = ((1 - corners[..., :2].amin(1)) / 2 * tiles).floor().clamp(0, tiles - 1).long()
+    extent = last - first + 1
+    pairs = extent.prod(1)
+    if pairs.sum() > TILED_PAIRS:
+        return None
+    face = torch.repeat_interleave(torch.arange(len(corners)), pairs)
+    offset = torch.arange(len(face)) - (pairs.cumsum(0) - pairs)[face]
+    width = extent[face, 0]
+    place = first[face] + torch.stack([offset % width, offset // width], -1)  # column and row
+    tile = place[:, 1] * tiles + place[:, 0]
+    tile, order = tile.sort(stable=True)
+    face, place = face[order], place[order]
+    parts = corners[face]
+    center = 1 - (2 * place + 1) / tiles
+    parts = torch.cat([(parts[..., :2] - center[:, None]) * tiles, parts[..., 2:]], -1)
+    filled, counts = tile.unique_consecutive(return_counts=True)
+    vertices = [part.reshape(-1, 3) for part in parts.split(counts.tolist())]
+    pictures = Meshes(vertices, [torch.arange(len(part)).view(-1, 3) for part in vertices])
+    found = rasterize_meshes(pictures, side, 0.0, layers, bin_size=0, perspective_correct=True)
+    pix_to_face, depth, barycentric, _ = found
+    pix_to_face = torch.where(pix_to_face < 0, -1, face[pix_to_face.clamp(min=0)])
+
+    def join(part: Tensor) -> Tensor:  # (tiles with faces, side, side, ...) -> (1, size, size, ...)
+        every = part.new_full((tiles * tiles, *part.shape[1:]), -1)
+        every[filled] = part
+        return every.unflatten(0, (tiles, tiles)).transpose(1, 2).flatten(2, 3).flatten(0, 1)[None]
+
+    return rasterizer.Fragments(join(pix_to_face), join(depth), join(barycentric), None)
+
+
 @torch.no_grad()
 def render_mesh(
     mesh: Any,  # path, Mesh, trimesh.Trimesh, trimesh.Scene, or one PyTorch3D Meshes that has textures
@@ -155,11 +222,10 @@ def render_mesh(
     normals = torch.linalg.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
     azimuth, elevation = broadcast_angles(azimuth, elevation, 1, triangles.device)
     layers = _layers(placed)
-    raster = renderer.RasterizationSettings(image_size=size * smooth, faces_per_pixel=layers, bin_size=0)
     views = []
     for angles in zip(azimuth[0].split(1), elevation[0].split(1)):
         viewpoint = cameras(*angles, settings)
-        found = renderer.MeshRasterizer(_pytorch3d_camera(renderer, viewpoint), raster)(solid)
+        found = _fragments(renderer, solid, _pytorch3d_camera(renderer, viewpoint), size * smooth, layers)
         if layers > 1:
             _skip_invisible(placed, found)
         hit = found.pix_to_face[0, ..., 0] >= 0

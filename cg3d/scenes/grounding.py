@@ -41,11 +41,19 @@ class Proposals:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def box(
+        self,
+        number: int,  # of the proposal
+    ) -> tuple[np.ndarray, np.ndarray]:  # lowest and highest corner, (3,) each, meters, y up
+        "The box that holds a proposal, without the outer hundredth of its points on each side"
+        low, high = np.percentile(self.scene.upright[self.indices[number]], [1, 99], axis=0)
+        return low, high
+
     def table(self) -> pd.DataFrame:  # proposal, kind, points, width, height, depth, x, y, z
         "Sizes (width, height and depth with y up) and centers (axes of the scene) in meters"
         rows = []
         for number, indices in enumerate(self.indices):
-            low, high = np.percentile(self.scene.upright[indices], [1, 99], axis=0)
+            low, high = self.box(number)
             width, height, depth = (high - low).tolist()
             x, y, z = self.scene.points[indices].mean(0).tolist()
             rows.append(
@@ -229,19 +237,28 @@ class GroundingResult:
         "The points of one proposal"
         return self.proposals.indices[int(self.table.proposal.iloc[rank])]
 
-    def mask(
+    def parts(
         self,
         threshold: float = RETURN_THRESHOLD,  # smallest relative likelihood; 1 returns the best proposal alone
-    ) -> np.ndarray:  # (N,) bool
-        "The returned points: the best proposal and others nearly as likely that do not overlap a better one"
-        selected = np.zeros(len(self.scene), bool)
+    ) -> pd.DataFrame:  # rows of `table`
+        "The returned parts: the best proposal and others nearly as likely that do not overlap a better one"
         likelihoods = relative_likelihood(self.table.score.to_numpy())
-        for number, likelihood in zip(self.table.proposal, likelihoods):
-            if likelihood < threshold:
-                break
-            indices = self.proposals.indices[int(number)]
-            if not selected[indices].any():
-                selected[indices] = True
+        taken, ranks = np.zeros(len(self.scene), bool), []
+        for rank in np.flatnonzero(likelihoods >= threshold):
+            indices = self.indices(rank)
+            if not taken[indices].any():
+                taken[indices] = True
+                ranks.append(rank)
+        return self.table.iloc[ranks].reset_index(drop=True)
+
+    def mask(
+        self,
+        threshold: float = RETURN_THRESHOLD,  # see `parts`
+    ) -> np.ndarray:  # (N,) bool
+        "The points of the returned parts"
+        selected = np.zeros(len(self.scene), bool)
+        for number in self.parts(threshold).proposal:
+            selected[self.proposals.indices[int(number)]] = True
         return selected
 
 # %% ../../nbs/scenes/01_grounding.ipynb #c16

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.errors import InputError, KindError, MissingPackage
+from ..core.errors import InputError, KindError, MissingPackage, install_hint
 from ..core.untrusted import LIMITS, reading
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _chunk_scores(vectors: np.ndarray, queries: np.ndarray, rows: np.ndarray) ->
 KINDS = ("exact", "flat", "hnsw", "ivfpq")
 IVFPQ_AUTO_ROWS = 100_000  # rows from which `auto` selects ivfpq
 IVFPQ_MIN_ROWS = 1_000  # rows that training ivfpq needs
-ROWS_PER_CELL = 39  # training rows per inverted list that faiss asks for
+ROWS_PER_CELL = 39  # training rows per inverted list that faiss recommends
 
 
 def import_faiss() -> Any:  # the module
@@ -111,7 +111,7 @@ def import_faiss() -> Any:  # the module
         import faiss
     except ImportError as error:
         raise MissingPackage(
-            "approximate search needs faiss: pip install 'cg3d[search]', or use kind='exact'", value="faiss"
+            f"approximate search needs faiss: {install_hint('search')}, or use kind='exact'", value="faiss"
         ) from error
     return faiss
 

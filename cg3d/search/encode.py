@@ -28,7 +28,7 @@ from .backends import unit_rows
 def model_name(
     model: CG3D,
 ) -> str:  # such as "point_transformer_small + nano"
-    "Encoder and backbone of a model, for messages; models are told apart by their fingerprint."
+    "Encoder and backbone of a model, for messages; models are distinguished by their fingerprint."
     return f"{model.config.encoder} + {model.config.clip}"
 
 # %% ../../nbs/search/02_encode.ipynb #q06

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core.errors import InputError, MissingPackage
+from ..core.errors import InputError, MissingPackage, install_hint
 from ..data.shard_writer import write_shards
 from ..data.shards import ShardCollection
 from ..io.collection import Collection
@@ -68,7 +68,7 @@ def import_ray() -> Any:  # the module
         import ray.data
     except ImportError as error:
         raise MissingPackage(
-            "many processes need Ray: pip install 'cg3d[scale]'; without it leave workers away", value="ray"
+            f"many processes need Ray: {install_hint('scale')}; without it leave workers away", value="ray"
         ) from error
     return ray
 
@@ -168,7 +168,7 @@ class Worker:
 
 
 def ray_map(
-    function: Callable,  # function(item) -> result; all three travel between processes
+    function: Callable,  # function(item) -> result; all three are pickled and sent to other processes
     items: Sequence,
     workers: int = 2,  # processes
     use_gpu: bool = False,  # whether the function holds a module on a GPU

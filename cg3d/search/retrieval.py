@@ -21,19 +21,20 @@ from torch import Tensor
 
 from ..core.config import check_settings, split_list
 from ..core.errors import InputError
-from ..core.metrics import mean_average_precision, median_rank, recall_at_k
+from ..core.metrics import mean_average_precision, median_rank, ndcg_at_k, recall_at_k
 from ..io.collection import Collection
 from ..models.cg3d import CG3D
 from ..models.views import embed_views
-from ..render.cameras import random_views, ring_views
-from ..render.points import render_points
+from ..render.cameras import random_views
+from ..render.pictures import data_uri
+from ..render.thumbnails import thumbnail
 from .backends import KINDS
 from .encode import with_ids
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from plotly.graph_objects import Figure
-from ..evaluation.zero_shot import ENCODER, IMAGE_TOWER
+from ..evaluation.zero_shot import ENCODER, IMAGE_TOWER, with_conditions
 
 # %% ../../nbs/search/04_retrieval.ipynb #r05
 TASKS = ("text -> shape", "image -> shape", "shape -> shape", "shape -> text")
@@ -44,10 +45,11 @@ NO_TEXT = "nothing"  # is embedded where a text is blank; such rows are never re
 def retrieval_metrics(
     scores: Tensor,  # cosine of query and candidate, (Q, C)
     relevant: Tensor,  # bool, (Q, C)
-) -> dict[str, float]:  # Recall and mAP in percent
-    "Recall@1, 5, 10, mean average precision and median rank."
+) -> dict[str, float]:  # Recall, NDCG and mAP in percent
+    "Recall@1, 5, 10, NDCG@5, mean average precision and median rank."
     recalls = {f"Recall@{k}": 100 * recall_at_k(scores, relevant, k) for k in (1, 5, 10)}
     return recalls | {
+        "NDCG@5": 100 * ndcg_at_k(scores, relevant, 5),
         "mAP": 100 * mean_average_precision(scores, relevant),
         "median rank": median_rank(scores, relevant),
     }
@@ -57,7 +59,7 @@ def chance_metrics(
     relevant: Tensor,  # bool, (Q, C)
     draws: int = 20,  # random scores are drawn so often
     seed: int = 0,
-) -> dict[str, float]:  # Recall and mAP in percent
+) -> dict[str, float]:  # Recall, NDCG and mAP in percent
     "Mean of the metrics over candidates in random order."
     generator = torch.Generator().manual_seed(seed)
     metrics = [
@@ -194,7 +196,8 @@ def retrieval_scores(
     tasks: str | Sequence[str] = TASKS,
     text: str = "caption",  # column with a text for each row
     seed: int = 0,  # of the cameras and of chance
-) -> pd.DataFrame:  # task, method, Recall@1, 5, 10 and mAP in percent, median rank, queries, candidates
+) -> pd.DataFrame:  # task, method, Recall@1, 5, 10, NDCG@5, mAP in percent, median rank, queries, candidates,
+    # CONDITIONS
     """Retrieval over a collection by the 3D encoder, by the image tower alone, and by chance.
 
     Raises:
@@ -214,7 +217,8 @@ def retrieval_scores(
         all_rows = torch.arange(len(collection))
         candidates = unique_text_rows(collection.table[text]) if task.endswith("text") else all_rows
         rows += _task_rows(task, relevant[task], embeddings, candidates, seed)
-    return pd.DataFrame(rows).round(2)
+    table = with_conditions(pd.DataFrame(rows).round(2), model, collection)
+    return table.assign(templates=[f"column {text}" if "text" in task else "-" for task in table["task"]])
 
 # %% ../../nbs/search/04_retrieval.ipynb #r11
 def render_results(
@@ -223,8 +227,6 @@ def render_results(
     size: int = 128,  # pixels
 ) -> list["Image"]:  # PIL, one per row of results
     "Render the shapes that were found; raises InputError if one is not in the collection."
-    from PIL import Image
-
     table = collection.table if "id" in collection.table else with_ids(collection.table)
     ids = table["id"].astype(str).tolist()
     first_row = {key: row for row, key in reversed(list(enumerate(ids)))}
@@ -238,12 +240,7 @@ def render_results(
             f"id {missing!r} was found but is not in {collection!r}; "
             "pass the collection that the index was built from"
         )
-    unique = sorted(set(rows))
-    if not unique:
-        return []
-    views = render_points(collection.points(np.array(unique, int)), *ring_views(1), size)[:, 0]
-    pixels = (255 * views).round().byte().permute(0, 2, 3, 1).numpy()
-    pictures = {row: Image.fromarray(array) for row, array in zip(unique, pixels)}
+    pictures = {row: thumbnail(collection[row], size) for row in sorted(set(rows))}
     return [pictures[row] for row in rows]
 
 
@@ -290,15 +287,6 @@ def results_image(
     return sheet
 
 # %% ../../nbs/search/04_retrieval.ipynb #r21
-def _data_url(picture: "Image") -> str:
-    import base64
-    import io
-
-    data = io.BytesIO()
-    picture.quantize(64).save(data, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
-
-
 def _hover_text(result: pd.Series) -> str:
     facts = result.drop(["row", "query"])
     return "<br>".join(f"{name}: {value}" for name, value in facts.items() if str(value) not in ("", "nan"))
@@ -328,7 +316,7 @@ def results_figure(
     pictures = render_results(results, collection, size)
     for (_, result), line, picture in zip(results.iterrows(), lines, pictures):
         figure.add_image(
-            source=_data_url(picture),
+            source=data_uri(picture),
             hovertemplate=_hover_text(result) + "<extra></extra>",
             row=int(line) + 1,
             col=int(result["rank"]),

@@ -9,12 +9,15 @@ __all__ = ['CHANGEABLE', 'EMA', 'Progress', 'Log', 'Checkpoint', 'load_whole_sta
 # %% ../../nbs/training/04_callbacks.ipynb #c02
 import contextlib
 import json
+import os
 import pickle
 import platform
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
@@ -26,7 +29,8 @@ import cg3d
 from ..core.atomic import check_hash, exclusive_lock, read_manifest, write_file, write_folder, writing
 from ..core.distributed import all_gather_object, full_tensors, is_sharded, rank, shard_like, world_size
 from ..core.errors import DamagedFile, InputError, MissingFile, UnsafeFile
-from .config import TrainConfig
+from ..core.timing import cpu_name
+from .config import PROGRESS_VARIABLE, TrainConfig, start_run
 from .learner import Callback, Learner
 from .losses import PAIRS
 
@@ -85,16 +89,32 @@ class EMA(Callback):
 
 # %% ../../nbs/training/04_callbacks.ipynb #c09
 class Progress(Callback):
-    "A tqdm bar over the steps."
+    "A tqdm bar over the steps, and a file for `cg3d train`, which shows one in its terminal."
+
+    def __init__(
+        self,
+        bar: bool = True,  # show a bar here
+    ):
+        self.show = bar
+        self.file = os.environ.get(PROGRESS_VARIABLE)  # None: no program watches
+        self.written = 0.0  # time of the last line in the file
 
     def before_fit(self, learner: Learner) -> None:
         from tqdm.auto import tqdm
 
-        self.bar = tqdm(total=learner.total, initial=learner.step, unit="step", mininterval=2)
+        self.bar = tqdm(
+            total=learner.total, initial=learner.step, unit="step", mininterval=2, disable=not self.show
+        )
 
     def after_step(self, learner: Learner) -> None:
+        loss = learner.logs["loss"]
         self.bar.update()
-        self.bar.set_postfix(epoch=learner.epoch, loss=f"{learner.logs['loss']:.3f}", refresh=False)
+        self.bar.set_postfix(epoch=learner.epoch, loss=f"{loss:.3f}", refresh=False)
+        if self.file and (time.monotonic() - self.written > 0.3 or learner.step == learner.total):
+            self.written = time.monotonic()
+            entry = {"step": learner.step, "total": learner.total, "epoch": learner.epoch, "loss": loss}
+            with contextlib.suppress(OSError):  # whoever watched has ended
+                Path(self.file).write_text(json.dumps(entry))
 
     def close(self, learner: Learner) -> None:
         if hasattr(self, "bar"):
@@ -209,6 +229,8 @@ CHANGEABLE = (  # settings that may differ when a run is continued
     "test_split",
     "min_shapes",
     "max_skipped",
+    "overwrite",
+    "epochs",  # not fewer than before
 )
 
 
@@ -241,25 +263,25 @@ class Checkpoint(Callback):
         }
 
     def save(self, learner: Learner) -> None:
-        "Write model and checkpoint; all processes call it, rank 0 writes."
+        "Write checkpoint and model; all processes call it, rank 0 writes."
         state = full_tensors(self.state(learner))
         folder = self.folder / "checkpoints" / f"{learner.step:08d}"
         self.saved = learner.step
+        if not rank() and folder != self.newest:  # equal: the run was continued here, with nothing left to do
+            if folder.exists():
+                shutil.rmtree(folder)  # damaged, or of an earlier run
+            write_folder(
+                folder,
+                {"state.pt": lambda path: torch.save(state, path)},
+                {"step": learner.step, "version": cg3d.__version__},
+            )
+            for other in folder.parent.iterdir():
+                if other not in (folder, self.newest):
+                    shutil.rmtree(other)  # older ones, and what a killed job left incomplete
+            self.newest = folder
+        # The model after the checkpoint: a job killed in between continues and writes the model again.
         with torch.no_grad(), self.average.in_place(learner) if self.average else contextlib.nullcontext():
             learner.model.save(self.folder)
-        if rank() or folder == self.newest:  # the run was continued here, with nothing left to do
-            return
-        if folder.exists():
-            shutil.rmtree(folder)  # damaged, or of an earlier run
-        write_folder(
-            folder,
-            {"state.pt": lambda path: torch.save(state, path)},
-            {"step": learner.step, "version": cg3d.__version__},
-        )
-        for other in folder.parent.iterdir():
-            if other not in (folder, self.newest):
-                shutil.rmtree(other)  # older ones, and what a killed job left incomplete
-        self.newest = folder
 
     def before_fit(self, learner: Learner) -> None:
         """Lock the folder, continue a run, and write settings and environment.
@@ -308,7 +330,10 @@ class Checkpoint(Callback):
 
     @staticmethod
     def load(path: Path, device: torch.device) -> dict:
-        "Read a checkpoint without running code from it."
+        """Read a checkpoint without running code from it.
+
+        Raises: UnsafeFile for a file that would run code, or is damaged.
+        """
         try:
             return torch.load(path, map_location=device, weights_only=True)
         except pickle.UnpicklingError as error:
@@ -319,13 +344,18 @@ class Checkpoint(Callback):
             raise UnsafeFile(message, file=path) from error
 
     def check(self, learner: Learner, state: dict) -> None:
-        "Compare the settings and the number of processes with those of the checkpoint."
+        """Compare the settings and the number of processes with those of the checkpoint.
+
+        Raises: InputError for other settings or another number of processes.
+        """
         saved, now = state["config"], asdict(learner.config)
         changes = [
             f"{name} was {saved.get(name)!r}, is {value!r}"
             for name, value in now.items()
             if saved.get(name) != value and name not in CHANGEABLE
         ]
+        if now["epochs"] < saved["epochs"]:
+            changes.append(f"epochs was {saved['epochs']}, is {now['epochs']} (more would be allowed)")
         if changes:
             message = f"the checkpoint in {self.folder} belongs to another run: {', '.join(changes)}"
             raise InputError(message, file=self.folder)
@@ -350,6 +380,12 @@ class Checkpoint(Callback):
                 name: shard_like(value, now[name]) for name, value in state["average"].items()
             }
         learner.step = state["step"]
+        before = state["config"]["epochs"]
+        if learner.config.epochs > before and not rank():
+            print(
+                f"{learner.config.epochs} epochs in place of {before}: from step {learner.step} on, the learning "
+                f"rate follows the schedule of {learner.total} steps"
+            )
         learner.skipped, learner.in_a_row = state["skipped"]
         cpu, cuda = state["random"][rank()]
         torch.set_rng_state(cpu.cpu())
@@ -381,11 +417,30 @@ def load_whole_optimizer(
     optimizer.load_state_dict(values)
 
 
+def _commit() -> str:  # with "+changes" if files differ from it; "" outside of a clone
+    "The commit of the source that runs."
+    folder = Path(cg3d.__file__).parent.parent
+    if not (folder / ".git").exists():
+        return ""
+    git = ["git", "-C", str(folder)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    if commit.returncode:
+        return ""
+    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
 def environment() -> dict:  # JSON
-    "Versions, machine and device of a run."
+    "Commit, date, versions, machine and device of a run."
     packages = {dist.metadata["Name"]: dist.version for dist in metadata.distributions()}
     return {
         "cg3d": cg3d.__version__,
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "processor": cpu_name(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
@@ -402,7 +457,10 @@ def standard_callbacks(
 ) -> list[Callback]:
     """Checkpoints, averaging, log and bar, in the order they need; ranks above 0 do not log.
 
-    Raises: CannotWrite if the folder cannot be made."""
+    Raises: PathTaken if the folder holds a trained run that is neither continued nor to be replaced, CannotWrite if
+    it cannot be made."""
+    if not rank():
+        start_run(config, folder)
     with writing(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
     average = EMA(config.ema) if config.ema else None
@@ -411,6 +469,6 @@ def standard_callbacks(
         callbacks.append(average)
     if not rank():
         callbacks.append(Log(folder, config.tensorboard))
-        if progress:
-            callbacks.append(Progress())
+        if progress or os.environ.get(PROGRESS_VARIABLE):
+            callbacks.append(Progress(bar=progress))
     return callbacks

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..core.atomic import write_file
 from ..core.config import check_choice, check_settings, split_list, write_settings
-from ..core.device import pick_device
+from ..core.device import pick_device, to_device
 from ..core.errors import Diverged, InputError, MissingFile
 from ..core.malloc import keep_freed_memory
 from ..core.metrics import mean_class_accuracy, top_k
@@ -189,10 +189,10 @@ def features(
     training = encoder.training
     encoder.eval()
     try:
-        parts = [encoder(part.to(device)).float().cpu() for part in points.split(batch_size)]
+        parts = [encoder(to_device(part, device)).float() for part in points.split(batch_size)]
     finally:
         encoder.train(training)
-    result = torch.cat(parts)
+    result = torch.cat(parts).cpu()
     if result.ndim != 2 or len(result) != len(points):
         raise InputError(
             f"{type(encoder).__name__} turned points {tuple(points.shape)} into {tuple(result.shape)}; "
@@ -280,7 +280,8 @@ class Classifier(nn.Module):
         points = as_points(x, self.points)
         self.eval()
         try:
-            return torch.cat([self(part.to(device)).float().cpu() for part in points.split(batch_size)])
+            parts = [self(to_device(part, device)).float() for part in points.split(batch_size)]
+            return torch.cat(parts).cpu()
         finally:
             self.train(training)
 
@@ -449,8 +450,8 @@ def training_clouds(
     change = getattr(Augment, augment)()
 
     def draw(rows: Tensor, generator: torch.Generator, on_device: torch.Generator) -> Tensor:
-        chosen = torch.randperm(clouds.shape[1], generator=generator)[:count].to(device)
-        return change(clouds[rows.to(device)][:, chosen], on_device)
+        chosen = torch.randperm(clouds.shape[1], generator=generator)[:count]
+        return change(clouds[to_device(rows, device)][:, to_device(chosen, device)], on_device)
 
     return draw
 
@@ -466,7 +467,7 @@ class Evaluation:
     @torch.no_grad()
     def run(self, forward: Callable[[Tensor], Tensor]) -> tuple[float, float]:  # accuracy in percent, loss
         "Evaluate."
-        scores = torch.cat([forward(part).float().cpu() for part in self.inputs.split(64)])
+        scores = torch.cat([forward(part).float() for part in self.inputs.split(64)]).cpu()
         accuracy = 100 * (scores.argmax(-1) == self.target).double().mean().item()
         return accuracy, F.cross_entropy(scores, self.target).item()
 
@@ -577,7 +578,7 @@ class _Loop:
 
     def forward(self, inputs: Tensor) -> Tensor:  # (B, C)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.trained(inputs.to(self.device))
+            return self.trained(to_device(inputs, self.device))
 
     def run(
         self,
@@ -621,7 +622,7 @@ class _Loop:
             for group in self.optimizer.param_groups:
                 group["lr"] = factor * group["peak"]
             scores = self.forward(self.draw(rows, self.generator, self.on_device)).float()
-            target = self.target[rows].to(self.device)
+            target = to_device(self.target[rows], self.device)
             loss = F.cross_entropy(scores, target, label_smoothing=self.config.label_smoothing)
             self.optimizer.zero_grad()
             loss.backward()

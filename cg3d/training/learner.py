@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['NO_DECAY', 'SCHEDULES', 'SIGNALS', 'parameter_groups', 'make_optimizer', 'learning_rate_factor', 'claim_device',
-           'use_bf16', 'to_device', 'TowerCache', 'Phase', 'Callback', 'enable_checkpointing', 'Learner',
+           'bf16_speedup', 'use_bf16', 'TowerCache', 'Phase', 'Callback', 'enable_checkpointing', 'Learner',
            'finish_step_on_interrupt']
 
 # %% ../../nbs/training/03_learner.ipynb #c02
 import contextlib
+import functools
 import math
 import signal
 import time
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..core.device import pick_device
+from ..core.device import pick_device, to_device, to_floats
 from cg3d.core.distributed import (
     all_gather_object,
     all_reduce_sum,
@@ -32,7 +33,8 @@ from cg3d.core.distributed import (
 )
 from ..core.errors import Diverged, InputError
 from ..core.malloc import keep_freed_memory
-from ..models.layers import compile_encoder
+from ..core.timing import compare
+from ..models.layers import compile_encoder, matmul_fast
 from .config import TrainConfig
 from .grad_cache import grad_cache
 from .losses import PAIRS
@@ -94,6 +96,18 @@ def claim_device(
     return device
 
 
+@functools.cache
+def bf16_speedup() -> float:
+    "Time of a matrix product and its gradients on this CPU in float32, divided by that in bfloat16."
+    rows, weight = (torch.ones(count, 256, requires_grad=True) for count in (8192, 256))
+
+    def run(bf16: bool) -> None:
+        with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            matmul_fast(rows, weight).sum().backward()
+
+    return compare(lambda: run(True), lambda: run(False), rounds=5, clock=time.process_time).ratio
+
+
 def use_bf16(
     precision: str,  # auto, fp32, bf16
     device: torch.device,
@@ -103,17 +117,8 @@ def use_bf16(
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def to_device(
-    value: Tensor,
-    device: torch.device,
-) -> Tensor:
-    "Copy to a device; to a GPU through pinned memory, so that the host does not wait for the copy."
-    if device.type == "cuda" and value.device.type == "cpu" and not value.is_pinned():
-        value = value.pin_memory()
-    return value.to(device, non_blocking=True)
+    instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return instructions and bf16_speedup() > 1.1
 
 # %% ../../nbs/training/03_learner.ipynb #c15
 class TowerCache:
@@ -206,9 +211,13 @@ class TowerCache:
             with torch.no_grad():
                 return self.backbone.encode_image(images)
         keys = list(zip(batch["row"].tolist(), batch["view"].tolist()))
+
+        def rows(at: list[int]) -> Tensor:  # the host would wait for the copy of a list
+            return images[to_device(torch.tensor(at), images.device)]
+
         if self.kind == "features":
-            return self.recall(keys, lambda at: self.backbone.encode_image(images[at]))
-        tokens = self.recall(keys, lambda at: self.backbone.image_tokens(images[at]), torch.float16)
+            return self.recall(keys, lambda at: self.backbone.encode_image(rows(at)))
+        tokens = self.recall(keys, lambda at: self.backbone.image_tokens(rows(at)), torch.float16)
         return self.prompts.encode_tokens(tokens)
 
 # %% ../../nbs/training/03_learner.ipynb #c19
@@ -294,7 +303,7 @@ class Learner:
         self.callbacks = list(callbacks)
         self.augment, self.augment_images = augment, augment_images
         self.device = claim_device(config.device)
-        self.bf16 = use_bf16(config.precision, self.device)
+        self.bf16 = all_gather_object(use_bf16(config.precision, self.device))[0]
         self.prepare_model()
         self.towers = TowerCache(model, keep_views=augment_images is None, bf16=self.bf16)
         self.phases = SCHEDULES[config.schedule]
@@ -384,9 +393,7 @@ class Learner:
         if self.augment:
             batch["points"] = self.augment(batch["points"], generator)
         if "images" in batch:  # missing if no pair needs them
-            batch["images"] = to_device(batch["images"], self.device)
-            if batch["images"].dtype == torch.uint8:
-                batch["images"] = batch["images"].float() / 255
+            batch["images"] = to_floats(to_device(batch["images"], self.device))
             if self.augment_images:
                 images = batch["images"]
                 flat = self.augment_images(images.flatten(0, -4), generator)  # of several views as of one
@@ -547,7 +554,10 @@ class Learner:
         return self
 
     def after_step(self) -> None:
-        "Callbacks of a step, and of an epoch at its end; end a run that does not recover."
+        """Callbacks of a step, and of an epoch at its end; end a run that does not recover.
+
+        Raises: Diverged for a run that does not recover.
+        """
         self.call("after_step")
         if self.in_a_row >= self.config.max_skipped:
             message = (

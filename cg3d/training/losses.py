@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.device import to_device
 from ..core.distributed import all_gather_with_grad, rank
 from ..core.errors import InputError
 
@@ -224,7 +225,10 @@ class TriModalLoss(nn.Module):
         all_groups: dict[str, Tensor],  # side -> those of all processes, (G, K, D)
         codes: tuple[Tensor, Tensor] | None,  # of the captions (B, T), of all processes (G, T); None: unused
     ) -> Tensor:  # scalar, of this process
-        "Loss of one pair of modalities with several embeddings of a shape."
+        """Loss of one pair of modalities with several embeddings of a shape.
+
+        Raises: InputError for `positives='similar'`.
+        """
         if self.positives == "similar":
             raise InputError("positives='similar' takes one view and one text of a shape", field="positives")
         kind = "masked" if pair == "3d_image" and self.positives == "caption" else self.positives
@@ -254,7 +258,7 @@ class TriModalLoss(nn.Module):
         gathered = {side: all_gather_with_grad(embeddings[side]) for side in sorted(used)}  # once a step
         codes = None
         if self.positives != "diagonal":
-            codes = caption_codes(texts).to(text.device)
+            codes = to_device(caption_codes(texts), text.device)
             all_codes = all_gather_with_grad(codes)
         if self.positives == "decoupled" or any(embeddings[side].ndim == 3 for side in used):
             groups = {side: as_groups(embeddings[side]) for side in used}

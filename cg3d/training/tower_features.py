@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.cache import ArrayCache
+from ..core.device import to_device, to_floats
 from ..core.paths import cache_dir
 from ..data.triplets import Triplets
 from ..models.clip_backbone import Backbone
@@ -37,7 +38,7 @@ class FeatureCache:
 
         def compute(first: int, last: int) -> Tensor:
             rows, columns = np.meshgrid(np.arange(first, last), np.arange(count), indexing="ij")
-            images = views[rows.reshape(-1), columns.reshape(-1)].to(device)
+            images = to_floats(to_device(views[rows.reshape(-1), columns.reshape(-1)], device))
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 return backbone.encode_image(images)
 

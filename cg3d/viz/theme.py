@@ -4,11 +4,9 @@
 
 # %% auto #0
 __all__ = ['OKABE_ITO', 'THEMES', 'AMOUNT_COLORS', 'COUNT_COLORS', 'GRAY', 'theme_colors', 'palette', 'group_colors',
-           'matplotlib_theme', 'plotly_theme', 'hex_colors', 'data_uri']
+           'matplotlib_theme', 'plotly_theme', 'hex_colors']
 
 # %% ../../nbs/viz/00_theme.ipynb #th000003
-import base64
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -132,21 +130,3 @@ def hex_colors(
 ) -> list[str]:  # N of "#rrggbb"
     "Colors as a browser reads them"
     return [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in (rgb.clamp(0, 1) * 255).round().int().tolist()]
-
-
-def data_uri(
-    picture: Tensor,  # (3, H, W), in [0, 1]
-    colors: int = 64,  # largest number of colors in the PNG
-) -> str:  # "data:image/png;base64,..."
-    """A picture as a data URI.
-
-    Raises: InputError for another shape.
-    """
-    from PIL import Image
-
-    if picture.ndim != 3 or len(picture) != 3:
-        raise InputError(f"a picture is (3, H, W), got {tuple(picture.shape)}")
-    pixels = (picture.detach().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).quantize(colors).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -463,6 +463,8 @@ class RecipeConfig:
     real: str = ""
     head_epochs: int = 3
     real_steps: int = 480
+    open_views: int = 2
+    real_views: int = 4
     backbone: str = "nano"
     model: str = "nano"
     teacher: bool = False
@@ -471,7 +473,7 @@ class RecipeConfig:
     device: str = "auto"
 
     def __post_init__(self):
-        ranges = {"seed": (0, None)}
+        ranges = {"seed": (0, None), "head_epochs": (0, None)}
         check_settings(self, {"stages": STAGES}, ranges, separators={"stages": ","}, integers=(1, None))
         if "text" in self.stage_list and not self.wordnet:
             message = f"the stage text needs wordnet=FOLDER: {WORDNET_HINT}, then FOLDER/usr/share/wordnet"
@@ -508,9 +510,12 @@ def build(
 
         backbone = load_backbone(folder / "nano", device=device)
         model = CG3D.from_pretrained(folder / "nano-3d", backbone=backbone)
-        objects, steps = read_collection(config.real), config.real_steps
-        out = folder / "real"
-        curves |= build_real(
-            model, collection, objects, out, folder / "nano", config.head_epochs, steps, config.seed
-        )
+        options = {
+            "epochs": config.head_epochs,
+            "steps": config.real_steps,
+            "views": (config.open_views, config.real_views),
+            "seed": config.seed,
+        }
+        objects = read_collection(config.real)
+        curves |= build_real(model, collection, objects, folder / "real", folder / "nano", **options)
     return curves

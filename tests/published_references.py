@@ -1,4 +1,4 @@
-"""Naive twins of the published encoders.
+"""Naive reference implementations of the published encoders.
 
 Short functions that read the tensors of a file by their published names and share no code with the package. They compute
 in float32 as the originals do. Centers are chosen as the originals choose them: `pointnet2_centers` follows the kernel of
@@ -6,6 +6,7 @@ in float32 as the originals do. Centers are chosen as the originals choose them:
 """
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +135,9 @@ def place(P, at, xyz):
     return lin(P, f"{at}pos_embed.2", gelu(lin(P, f"{at}pos_embed.0", xyz)))
 
 
-def twin_pointbert(P, cloud, groups, depth, at):
+def bert_tokens(
+    P, cloud, groups, depth, at
+):  # tokens (1 + G, 384) after the last norm, numbers of the centers
     xyz = cloud[:, :3]
     c = pointnet2_centers(xyz, groups)
     n = nearest(xyz, c, 32)
@@ -148,12 +151,23 @@ def twin_pointbert(P, cloud, groups, depth, at):
             P, f"{b}.attn.proj", attend(*lin(P, f"{b}.attn.qkv", ln(P, f"{b}.norm1", x)).split(384, 1), 6)
         )
         x = x + lin(P, f"{b}.mlp.fc2", gelu(lin(P, f"{b}.mlp.fc1", ln(P, f"{b}.norm2", x))))
-    x = ln(P, f"{at}norm", x)
+    return ln(P, f"{at}norm", x), c
+
+
+def reference_pointbert(P, cloud, groups, depth, at):
+    x, _ = bert_tokens(P, cloud, groups, depth, at)
     feature = torch.cat([x[0], x[1:].max(0).values])
     return feature @ P["pc_projection"] if at else lin(P, "projection", feature)
 
 
-def twin_pointmlp(P, cloud, at):
+def reference_patchalign(P, cloud):  # (2048, 3), y up -> unit vectors (128, 1280), centers (128, 3)
+    swapped = torch.stack([cloud[:, 0], cloud[:, 2], cloud[:, 1]], 1)
+    x, c = bert_tokens(P, swapped, 128, 12, "")
+    x = lin(P, "proj.proj", x[1:])
+    return x / x.norm(dim=1, keepdim=True), cloud[c]
+
+
+def reference_pointmlp(P, cloud, at):
     def layer(name, x):
         return bn(P, f"{name}.1", lin(P, f"{name}.0", x))
 
@@ -183,7 +197,7 @@ def twin_pointmlp(P, cloud, at):
     return bn(P, f"{at}classifier.5", lin(P, f"{at}classifier.4", x)).relu() @ P["pc_projection"]
 
 
-def twin_ppat(P, cloud, groups, radius, k, at, project):
+def reference_ppat(P, cloud, groups, radius, k, at, project):
     xyz, D = cloud[:, :3], cloud
     c = plain_centers(xyz, groups)
     inside = table(xyz[c], xyz) <= radius**2
@@ -208,7 +222,7 @@ def twin_ppat(P, cloud, groups, radius, k, at, project):
     return lin(P, project, x[0]) if project else x[0]
 
 
-def twin_uni3d(P, cloud, depth, heads, at="point_encoder."):
+def reference_uni3d(P, cloud, depth, heads, at="point_encoder."):
     xyz, D = cloud[:, :3], cloud
     c = pointnet2_centers(xyz, 512)
     n = nearest(xyz, c, 64)
@@ -243,27 +257,29 @@ def twin_uni3d(P, cloud, depth, heads, at="point_encoder."):
     return lin(P, f"{at}trans2embed", ln(P, f"{at}visual.fc_norm", x[0], 1e-6))
 
 
-TWINS = {
-    "cg3d/point_transformer": lambda P, x: twin_pointbert(P, x[:, :3], 64, 12, ""),
-    "cg3d/pointmlp": lambda P, x: twin_pointmlp(P, x, ""),
-    "ulip/pointbert": lambda P, x: twin_pointbert(P, x[:, :3], 512, 12, "point_encoder."),
-    "ulip/pointmlp": lambda P, x: twin_pointmlp(P, x, "point_encoder."),
-    "ulip2/pointbert": lambda P, x: twin_pointbert(P, x, 512, 18, "point_encoder."),
-    "openshape/vitb32": lambda P, x: twin_ppat(P, x, 64, 0.4, 256, "pc_encoder.", None),
-    "openshape/vitl14": lambda P, x: twin_ppat(P, x, 64, 0.4, 256, "pc_encoder.ppat.", "pc_encoder.proj"),
-    "openshape/scaling3": lambda P, x: twin_ppat(P, x, 128, 0.35, 128, "ppat.", "proj"),
-    "openshape/bigG": lambda P, x: twin_ppat(P, x, 384, 0.2, 64, "ppat.", "proj"),
-    "uni3d/ti": lambda P, x: twin_uni3d(P, x, 12, 3),
-    "uni3d/s": lambda P, x: twin_uni3d(P, x, 12, 6),
-    "uni3d/b": lambda P, x: twin_uni3d(P, x, 12, 12),
+REFERENCES = {
+    "cg3d/point_transformer": lambda P, x: reference_pointbert(P, x[:, :3], 64, 12, ""),
+    "cg3d/pointmlp": lambda P, x: reference_pointmlp(P, x, ""),
+    "ulip/pointbert": lambda P, x: reference_pointbert(P, x[:, :3], 512, 12, "point_encoder."),
+    "ulip/pointmlp": lambda P, x: reference_pointmlp(P, x, "point_encoder."),
+    "ulip2/pointbert": lambda P, x: reference_pointbert(P, x, 512, 18, "point_encoder."),
+    "openshape/vitb32": lambda P, x: reference_ppat(P, x, 64, 0.4, 256, "pc_encoder.", None),
+    "openshape/vitl14": lambda P, x: reference_ppat(
+        P, x, 64, 0.4, 256, "pc_encoder.ppat.", "pc_encoder.proj"
+    ),
+    "openshape/scaling3": lambda P, x: reference_ppat(P, x, 128, 0.35, 128, "ppat.", "proj"),
+    "openshape/bigG": lambda P, x: reference_ppat(P, x, 384, 0.2, 64, "ppat.", "proj"),
+    "uni3d/ti": lambda P, x: reference_uni3d(P, x, 12, 3),
+    "uni3d/s": lambda P, x: reference_uni3d(P, x, 12, 6),
+    "uni3d/b": lambda P, x: reference_uni3d(P, x, 12, 12),
 }
 
 
 def bare_tensors(
     path: str | Path,  # a weight file
-) -> dict[str, Tensor]:  # float32, under the names that the twins read
+) -> dict[str, Tensor]:  # float32, under the names that the references read
     "The tensors of a file without the names of their containers."
     return {
-        name.removeprefix("base_model.").removeprefix("state_dict.").removeprefix("module."): tensor.float()
+        re.sub(r"^((base_|)model|state_dict|module)\.(module\.)?", "", name): tensor.float()
         for name, tensor in read_checkpoint(path).tensors.items()
     }
