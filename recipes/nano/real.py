@@ -162,6 +162,22 @@ def tune_head(
 # ---- the 3D encoder
 
 
+def smooth_noise(
+    points: Tensor,  # (B, N, 6)
+    frequency: float,  # standard deviation of the wave vectors, radians a unit of length
+    p: float,
+    strength: float,  # greatest amplitude
+    generator: torch.Generator,
+) -> Tensor:  # (B, N, 3)
+    "Three sine waves over each cloud, of random direction, phase and amplitude; 0 for clouds that are not chosen."
+    draw = {"generator": generator, "device": points.device}
+    waves = points[..., :3] @ (frequency * torch.randn(len(points), 3, 3, **draw))
+    phase = 2 * math.pi * torch.rand(len(points), 1, 3, **draw)
+    chosen = torch.rand(len(points), 1, 1, **draw) < p
+    amplitude = strength * torch.rand(len(points), 1, 1, **draw) * chosen
+    return amplitude * torch.sin(waves + phase)
+
+
 def uneven_color(
     points: Tensor,  # (B, N, 6)
     p: float,
@@ -169,12 +185,7 @@ def uneven_color(
     generator: torch.Generator,
 ) -> Tensor:  # as points
     "Smooth errors of brightness over the surface, as projected textures have."
-    draw = {"generator": generator, "device": points.device}
-    waves = points[..., :3] @ (4 * torch.randn(len(points), 3, 3, **draw))
-    phase = 2 * math.pi * torch.rand(len(points), 1, 3, **draw)
-    chosen = torch.rand(len(points), 1, 1, **draw) < p
-    share = strength * torch.rand(len(points), 1, 1, **draw) * chosen
-    color = points[..., 3:] * (1 + share * torch.sin(waves + phase))
+    color = points[..., 3:] * (1 + smooth_noise(points, 4, p, strength, generator))
     return torch.cat([points[..., :3], color.clamp(0, 1)], -1)
 
 
@@ -203,12 +214,8 @@ def bend(
     generator: torch.Generator,
 ) -> Tensor:  # as points
     "Smooth displacements over the whole cloud: its parts are bent and stretched."
-    draw = {"generator": generator, "device": points.device}
-    waves = points[..., :3] @ (2 * torch.randn(len(points), 3, 3, **draw))
-    phase = 2 * math.pi * torch.rand(len(points), 1, 3, **draw)
-    chosen = torch.rand(len(points), 1, 1, **draw) < p
-    share = strength * torch.rand(len(points), 1, 1, **draw) * chosen
-    return torch.cat([points[..., :3] + share * torch.sin(waves + phase), points[..., 3:]], -1)
+    moved = points[..., :3] + smooth_noise(points, 2, p, strength, generator)
+    return torch.cat([moved, points[..., 3:]], -1)
 
 
 @torch.no_grad()
